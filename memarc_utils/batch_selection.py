@@ -1,0 +1,187 @@
+"""Batches as the privacy plan accounts for them, cut into physical micro-batches that never change the result.
+
+Poisson sampling: in every step each example is in the batch with probability q = expected_batch_size / dataset_size,
+independently of everything else (Abadi et al. 2016). So the batch size is random, and a batch may be empty: it still
+takes its noise step. Padding is to the right with a mask, each row's own tokens are what they would be alone, so no
+neighbour in a micro-batch changes an example's loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memarc_utils.accounting import PrivacyPlan
+
+# What the padding of a column is filled with; a column that is not named here is padded with 0.
+_PADDING = {"labels": -100}
+
+
+def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Stacks rows to tensors; lists are padded on the right to the longest row of this micro-batch.
+
+    ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` and others with 0, ``labels`` with -100; columns that
+    hold text are left out. Rows without an ``attention_mask`` are given one: without it a neighbour's length would be seen.
+
+    >>> pad_rows([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [8], "labels": 0}])
+    {'input_ids': tensor([[5, 6],
+            [8, 0]]), 'labels': tensor([1, 0]), 'attention_mask': tensor([[1, 1],
+            [1, 0]])}
+    """
+    if isinstance(rows[0].get("input_ids"), (list, tuple)) and "attention_mask" not in rows[0]:
+        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    batch = {}
+    for name, first in rows[0].items():
+        if isinstance(first, (int, float, bool)):
+            batch[name] = torch.tensor([row[name] for row in rows])
+        elif isinstance(first, Tensor):
+            batch[name] = torch.stack([row[name] for row in rows])
+        elif isinstance(first, (list, tuple)):
+            fill = pad_token_id if name == "input_ids" else _PADDING.get(name, 0)
+            longest = max(len(row[name]) for row in rows)
+            batch[name] = torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
+    return batch
+
+
+def _rows(dataset, indices: list[int]) -> list[dict[str, Any]]:
+    if indices and hasattr(dataset, "column_names"):  # a datasets.Dataset reads many rows at once faster than one by one
+        columns = dataset[indices]
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+    return [dataset[i] for i in indices]
+
+
+class LogicalBatch:
+    """One step's examples. Iterating yields its micro-batches, once; an empty batch yields none."""
+
+    def __init__(self, dataset, indices: list[int], physical_batch_size: int, collate: Callable) -> None:
+        self.indices = indices
+        self._dataset, self._physical, self._collate = dataset, physical_batch_size, collate
+        self._used = False
+
+    def __len__(self) -> int:
+        """Number of examples (private: the plan's expected batch size is the public number)."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self._used:
+            raise ValueError("this batch was iterated already: an example that enters the sum twice moves it by 2 C. Keep the "
+                             "micro-batches with list(batch) if you need to look at them again")
+        self._used = True
+        rows = _rows(self._dataset, self.indices)
+        if rows and isinstance(rows[0], dict) and isinstance(rows[0].get("input_ids"), (list, tuple)):
+            rows.sort(key=lambda row: len(row["input_ids"]))  # rows of like length together: less padding to compute
+        for start in range(0, len(rows), self._physical):
+            yield self._collate(rows[start:start + self._physical])
+
+
+class _Batches:
+    """What both samplers share: position, generator, and their state for a resume."""
+
+    def __init__(self, dataset, plan: PrivacyPlan, physical_batch_size: int, collate, pad_token_id, generator) -> None:
+        self.dataset, self.plan, self.physical_batch_size = dataset, plan, physical_batch_size
+        self.collate = collate or (lambda rows: pad_rows(rows, pad_token_id))
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()  # from the operating system: who is in which batch must be unknown
+        self.generator = generator
+        self.steps_drawn = 0
+
+    def __len__(self) -> int:
+        return self.plan.num_steps
+
+    def state_dict(self) -> dict:
+        return {"steps_drawn": self.steps_drawn, "generator": self.generator.get_state(), **self._more_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps_drawn = state["steps_drawn"]
+        self.generator.set_state(state["generator"])
+        self._load_more(state)
+
+    def _more_state(self) -> dict:
+        return {}
+
+    def _load_more(self, state: dict) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[LogicalBatch]:
+        while self.steps_drawn < self.plan.num_steps:
+            indices = self._draw()
+            self.steps_drawn += 1
+            yield LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
+
+
+class PoissonBatches(_Batches):
+    """See `poisson_batches`."""
+
+    def _draw(self) -> list[int]:
+        # float64: with float32 the smallest rates would be rounded to multiples of 2^-24
+        chosen = torch.rand(len(self.dataset), generator=self.generator, dtype=torch.float64) < self.plan.sample_rate
+        return chosen.nonzero().flatten().tolist()
+
+
+class ShuffledBatches(_Batches):
+    """See `shuffled_batches`."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self._order: list[int] = []
+
+    def _draw(self) -> list[int]:
+        size = self.plan.expected_batch_size
+        drawn, self._order = self._order[:size], self._order[size:]
+        if not drawn:
+            self._order = torch.randperm(len(self.dataset), generator=self.generator).tolist()
+            return self._draw()
+        return drawn
+
+    def _more_state(self) -> dict:
+        return {"order": list(self._order)}
+
+    def _load_more(self, state: dict) -> None:
+        self._order = list(state["order"])
+
+
+def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str) -> None:
+    if plan.sampling != sampling:
+        mend = "poisson_batches(dataset, plan)" if plan.sampling == "poisson" else 'a plan with sampling="poisson"'
+        raise ValueError(f"the plan accounts for {plan.sampling} sampling, these batches are {sampling}: its ε would be wrong. "
+                         f"Use {mend}, or plan.with_sampling({sampling!r}) whose ε is that of {sampling} batches")
+    if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
+        raise ValueError(f"physical_batch_size must be a whole number >= 1, got {physical_batch_size!r}")
+    if abs(len(dataset) - plan.dataset_size) > max(1, plan.dataset_size // 100):
+        raise ValueError(f"the plan is for {plan.dataset_size} examples, the data set has {len(dataset)}: make the plan with "
+                         "the (public) size of this data set")
+
+
+def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *, collate: Callable | None = None,
+                    pad_token_id: int = 0, generator: torch.Generator | None = None) -> PoissonBatches:
+    """Batches by true Poisson sampling at the plan's rate, one for each of the plan's steps.
+
+    Args:
+        dataset: anything with ``len`` and ``[i]`` that gives a dict of ints, floats, lists or tensors.
+        plan: owns the sampling rate and the number of steps.
+        physical_batch_size: at most so many examples go through the model at once; changes memory, never the result.
+        collate: rows to micro-batch; `pad_rows` by default.
+        pad_token_id: for the default collate.
+        generator: seeded by the operating system if None. Give one for checks only.
+
+    Returns:
+        An iterable of `LogicalBatch` with ``state_dict`` and ``load_state_dict``.
+
+    Raises:
+        ValueError: the plan is for another sampling or another data set's size.
+    """
+    _check(dataset, plan, physical_batch_size, "poisson")
+    return PoissonBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)
+
+
+def shuffled_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *, collate: Callable | None = None,
+                     pad_token_id: int = 0, generator: torch.Generator | None = None) -> ShuffledBatches:
+    """Fixed-size batches from a shuffled order, for comparison: every example once an epoch, so no amplification.
+
+    Arguments as in `poisson_batches`; the plan must be made for it (``plan.with_sampling("shuffled")``), and its ε is
+    the larger one.
+    """
+    _check(dataset, plan, physical_batch_size, "shuffled")
+    return ShuffledBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)

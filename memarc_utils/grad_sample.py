@@ -1,0 +1,318 @@
+"""Per-example norms and clipped sums of every trainable parameter, in one backward pass (book-keeping, arXiv 2210.00038).
+
+A layer that owns a trainable parameter computes through `_RecordedLayer`, an autograd function whose value is the layer's
+own forward and whose backward records what clipping needs and returns no parameter gradient. So autograd never writes
+``.grad``: a gradient found there came by a way that the clipper did not see, and is refused. Nothing is saved for frozen
+weights, nothing is captured where gradients are off, a layer used twice records twice, and since the function saves
+tensors by ``save_for_backward`` it works under activation checkpointing.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from memarc_utils.book_keeping import HeldGradient, accumulation_dtype
+from memarc_utils.layer_rules import EmbeddingRule, FunctionRule, OPTPositionRule, rule_for
+
+MODES = ("book_keeping", "per_example")
+# A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
+_CANCELLED = 0.1
+
+
+class _RecordedLayer(torch.autograd.Function):
+    """A layer's forward; its backward hands the parameter gradients to the `GradSampler` and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, sampler, module, rule, batch, folded, num_inputs, *tensors):
+        inputs = tensors[:num_inputs]
+        ctx.sampler, ctx.module, ctx.rule, ctx.batch, ctx.folded = sampler, module, rule, batch, folded
+        ctx.num_inputs = num_inputs
+        kept = tensors if rule.needs_inputs(module) else tensors[num_inputs:]
+        ctx.save_for_backward(*kept)  # the parameters too: autograd then notices if one was changed in between
+        if rule is OPTPositionRule:
+            return nn.Embedding.forward(module, *inputs)
+        return type(module).forward(module, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        inputs = saved[:ctx.num_inputs] if ctx.rule.needs_inputs(ctx.module) else (None,) * ctx.num_inputs
+        needed = ctx.needs_input_grad[6:6 + ctx.num_inputs]
+        grads = (None,) * ctx.num_inputs
+        if any(needed):
+            grads = ctx.rule.grad_inputs(ctx.module, inputs, grad_output, needed)
+        ctx.sampler.receive(ctx.module, ctx.rule, inputs, grad_output, ctx.batch, ctx.folded)
+        return (None,) * 6 + tuple(grads) + (None,) * (len(ctx.needs_input_grad) - 6 - ctx.num_inputs)
+
+
+class _RecordingForward:
+    """Stands in for a layer's forward. A copy of the model (deepcopy, pickle) gets the plain forward of the copied layer."""
+
+    def __init__(self, sampler: "GradSampler", module: nn.Module) -> None:
+        self.sampler, self.module, self.rule = sampler, module, rule_for(module)
+
+    def __call__(self, *args, **kwargs):
+        module, rule = self.module, self.rule
+        if not torch.is_grad_enabled():
+            return type(module).forward(module, *args, **kwargs)
+        inputs, batch, folded = self.sampler.with_batch_axis(module, rule.inputs(module, *args, **kwargs))
+        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        return _RecordedLayer.apply(self.sampler, module, rule, batch, folded, len(inputs), *inputs, *parameters)
+
+    def __deepcopy__(self, memo):
+        return functools.partial(type(self.module).forward, copy.deepcopy(self.module, memo))
+
+    def __reduce__(self):
+        return functools.partial, (type(self.module).forward, self.module)
+
+
+class GradSampler:
+    """Attaches to a model, records one backward pass at a time and adds up clipped sums.
+
+    Args:
+        model: trainable parameters are those with ``requires_grad``; each must be owned by a layer that has a rule.
+        mode: ``book_keeping``, or ``per_example`` which holds every per-example gradient (the plain reference).
+        probe: at the first backward of at least two examples, send only the last one's loss back once and demand that
+            it reaches no other example's row anywhere. So layers whose rows are no examples, whatever their number, and
+            losses that mix examples, raise.
+
+    Attributes:
+        names: trainable parameter to its (first) name in the model.
+        sums: name to clipped sum over all backward passes since `clear`, float32 or wider.
+        recorded: names that some non-empty backward pass recorded.
+
+    Raises:
+        ValueError: no trainable parameter, unknown mode, or a parameter that no rule covers; nothing is changed then.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "book_keeping", probe: bool = True) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        self.model, self.mode = model, mode
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        if not self.names:
+            raise ValueError("no parameter of the model has requires_grad=True: choose what to train first, for instance "
+                             "with add_lora or attach_side_network")
+        owners = [(name, module) for name, module in model.named_modules()
+                  if any(p.requires_grad for p in module.parameters(recurse=False))]
+        for name, module in owners:
+            _check_owner(name, module)
+        _check_no_batch_statistics(model)
+        self.sums: dict[str, Tensor] = {}
+        self.recorded: set[str] = set()
+        self.foreign_backward = False
+        self._to_probe = probe
+        self._probing: list[tuple[str, Tensor]] | None = None
+        self._held: dict[nn.Parameter, HeldGradient] = {}
+        self._recording_for: int | None = None
+        self._batch: int | None = None
+        self._tokens: int | None = None
+        self._owners = [module for _, module in owners]
+        for module in self._owners:
+            module.forward = _RecordingForward(self, module)
+        # The model and, where a loss calls its base module directly, that one: both see the batch first.
+        entries = {model, *(m for m in model.modules() if hasattr(m, "get_input_embeddings"))}
+        self._hooks = [entry.register_forward_pre_hook(self._note_batch, with_kwargs=True) for entry in entries]
+
+    def detach(self) -> None:
+        """Gives the plain model back: forwards restored, nothing left on the modules."""
+        for module in self._owners:
+            module.__dict__.pop("forward", None)
+        for hook in self._hooks:
+            hook.remove()
+        self._owners, self._hooks = [], []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets sums and whatever an aborted backward pass left."""
+        self.sums, self._held, self._recording_for, self.foreign_backward = {}, {}, None, False
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+    def _note_batch(self, module, args, kwargs) -> None:
+        """B and T come from the model call: the first of input_ids, inputs_embeds, or any tensor."""
+        if not torch.is_grad_enabled():
+            return
+        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
+        lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
+        if lead is not None:
+            self._batch, self._tokens = lead.shape[0], lead.shape[1] if lead.dim() > 1 else None
+
+    def with_batch_axis(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, bool]:
+        """Makes the first axis the batch: positions that come as (1, T) are expanded, rows folded to B·T are noted."""
+        batch = self._recording_for or self._batch or inputs[0].shape[0]
+        def is_lookup(t):
+            return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
+
+        if all(t.dim() > 0 and t.shape[0] == batch or is_lookup(t) for t in inputs):
+            return tuple(t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in inputs), batch, False
+        if self._tokens is not None and all(t.dim() == 2 and t.shape[0] == batch * self._tokens for t in inputs):
+            return inputs, batch, True
+        name = next(self.names[p] for p in module.parameters(recurse=False) if p.requires_grad)
+        raise ValueError(
+            f"cannot tell which example is which in the input of the layer that owns {name}: its shapes are "
+            f"{[tuple(t.shape) for t in inputs]} and the model was called with {batch} examples. Freeze that parameter, or "
+            "give the layer inputs whose first axis is the batch")
+
+    # ---- backward ------------------------------------------------------------------------------------------------
+    def receive(self, module, rule, inputs, grad_output, batch: int, folded: bool) -> None:
+        """Called by a layer's backward. A record of a backward pass that was not ours is discarded and remembered."""
+        if self._recording_for is None:
+            self.foreign_backward = True
+            return
+        if batch != self._recording_for:
+            raise ValueError(f"the model was called with {batch} examples but backward got {self._recording_for} losses: "
+                             "give exactly one loss for each example of the model call")
+        if self._probing is not None:
+            others = grad_output.unflatten(0, (batch, -1))[:-1] if folded else grad_output[:-1]
+            owned = next(self.names[p] for p in module.parameters(recurse=False) if p in self.names)
+            self._probing.append((owned, others.nan_to_num(0, 0, 0).count_nonzero()))
+            return
+        if folded:
+            inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
+            grad_output = grad_output.unflatten(0, (batch, -1))
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, kind, tensors in rule.record(module, inputs, grad_output):
+            parameter = parameters[name]
+            held = self._held.setdefault(parameter, HeldGradient(parameter.shape, self.mode == "per_example"))
+            if kind == "pair":
+                held.add_pair(*tensors)
+            elif kind == "lookup":
+                held.add_lookup(*tensors)
+            elif tensors.shape == (batch, *parameter.shape):
+                held.add_dense(tensors)
+            else:
+                raise ValueError(f"the rule for {self.names[parameter]} gave gradients of shape {tuple(tensors.shape)}, "
+                                 f"expected {(batch, *parameter.shape)}")
+
+    def backward(self, losses: Float[Tensor, " batch"],
+                 clip: Callable[[Float[Tensor, " batch"]], Float[Tensor, " batch"]]
+                 ) -> tuple[Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+        """One backward pass; adds ``Σ_i clip(‖g_i‖) · g_i`` to `sums`.
+
+        Args:
+            losses: one per example of the model call.
+            clip: norms to factors.
+
+        Returns:
+            Per-example gradient norms, and which examples were finite (the others contributed zero).
+
+        Raises:
+            ValueError: losses are not one per example, or a gradient reached a parameter past the clipper.
+        """
+        self._check_losses(losses)
+        if len(losses) == 0:
+            return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
+        self.check_parameters()
+        self._held, self._recording_for = {}, len(losses)
+        try:
+            with torch.autocast(losses.device.type, enabled=False):
+                if self._to_probe and len(losses) > 1 and losses.device.type != "meta":
+                    self._probe(losses)
+                torch.autograd.backward(losses, torch.ones_like(losses))
+                self.check_no_grad()
+                with torch.no_grad():
+                    return self._clip_and_add(losses.detach(), clip)
+        finally:
+            self._held, self._recording_for, self._batch, self._tokens = {}, None, None, None
+
+    def _probe(self, losses: Float[Tensor, " batch"]) -> None:
+        only_last = torch.zeros_like(losses)
+        only_last[-1] = 1
+        self._probing = []
+        try:
+            torch.autograd.backward(losses, only_last, retain_graph=True)
+            reached = [name for name, count in self._probing if count > 0]
+        finally:
+            self._probing = None
+        if reached:
+            raise ValueError(f"one example's loss reaches other examples' rows in the layer that owns {reached[0]}: examples meet "
+                             "there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
+                             "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
+        self._to_probe = False
+
+    def _clip_and_add(self, losses, clip):
+        if not self._held:
+            raise ValueError("the losses do not depend on any trainable parameter: was the forward pass run under "
+                             "torch.no_grad(), or before make_private?")
+        norms = self._norms(losses)
+        keep = torch.isfinite(norms) & torch.isfinite(losses)
+        factors = torch.where(keep, clip(norms.masked_fill(~keep, 0)), 0)
+        while self._held:  # released one by one, so that sums grow while records shrink
+            parameter, held = self._held.popitem()
+            name = self.names[parameter]
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
+            held.add_weighted_sum(self.sums[name], factors.to(parameter.device), keep.to(parameter.device))
+            self.recorded.add(name)
+        return norms, keep
+
+    def _norms(self, losses) -> Float[Tensor, " batch"]:
+        """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small."""
+        def total(squares):
+            return torch.stack([s.to(losses.device) for s in squares]).sum(0)
+
+        squared = total([held.norms_squared() for held in self._held.values()])
+        orthogonal = total([held.incoherent_squares() for held in self._held.values()])
+        if losses.device.type != "meta" and bool((squared < _CANCELLED * orthogonal).any()):
+            squared = total([held.norms_squared(torch.float64) for held in self._held.values()])
+        return squared.sqrt()
+
+    def _check_losses(self, losses) -> None:
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"backward needs one loss per example, a 1-D tensor; got {shape}. A mean over the batch hides the "
+                             "examples: use reduction='none', for instance cross_entropy(logits, labels, reduction='none')")
+        if len(losses) and not losses.requires_grad:
+            raise ValueError("the losses carry no gradient: compute them outside torch.no_grad() and do not detach them")
+
+    def check_no_grad(self) -> None:
+        """No parameter of the model holds a gradient, whether it trains now or was frozen since."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                raise ValueError(f"a gradient reached {name} by a way that the clipper does not see (.grad is set): its weight "
+                                 "is used outside its layer's forward, or loss.backward() was called by hand. Call the "
+                                 "layer itself, use private.backward(losses), and clear what is left with "
+                                 "optimizer.zero_grad() or parameter.grad = None")
+
+    def check_parameters(self) -> None:
+        """The trainable parameters are still those that were there at the start, and none holds a gradient."""
+        self.check_no_grad()
+        now = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        if added := [name for p, name in now.items() if p not in self.names]:
+            raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "
+                             "the model to its device first, then call make_private")
+        if gone := [name for p, name in self.names.items() if p not in now]:
+            raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
+                             "private.detach(), change the model, then call make_private again")
+
+
+def _check_owner(name: str, module: nn.Module) -> None:
+    """Refuses whatever has no exact rule, before anything is changed."""
+    trainable = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+    full = [f"{name}.{key}" if name else key for key in trainable]
+    kind = type(module).__name__
+    ways_out = (f"Freeze it (requires_grad_(False)), or teach the engine the layer: "
+                f"memarc_utils.layer_rules.register_rule({kind}, per_example_loop)")
+    if "forward" in vars(module):
+        raise ValueError(f"the forward of {name or kind}, which owns {full[0]}, was replaced on the instance (is the model "
+                         "private already, or wrapped by another library?). Undo that first, e.g. with private.detach()")
+    rule = rule_for(module)
+    if rule is None:
+        raise ValueError(f"no rule for {full[0]}, owned by a {kind}. {ways_out}")
+    if not isinstance(rule, FunctionRule) and (odd := [f for key, f in zip(trainable, full) if key not in ("weight", "bias")]):
+        raise ValueError(f"the rule for {kind} does not know {odd[0]}. {ways_out}")
+    if isinstance(rule, type) and issubclass(rule, EmbeddingRule) and (reason := rule.refuse(module)):
+        raise ValueError(f"{full[0]} cannot be clipped: {reason}")
+
+
+def _check_no_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
+            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
+        if mixes and "train" not in vars(module):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
+            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch and keeps their "
+                             "statistics. Replace it by GroupNorm or LayerNorm, or keep it as it is with backbones.freeze(module)")

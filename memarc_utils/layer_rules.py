@@ -1,0 +1,268 @@
+"""How each layer's per-example parameter gradients follow from its input and its output gradient.
+
+A rule is written for one exact ``forward`` function. A subclass that overrides ``forward`` may compute something else, so
+it is not covered by its parent's rule. A rule has three parts:
+
+* ``inputs(module, *args, **kwargs)``: the tensors that the layer's gradient depends on, batch axis first;
+* ``grad_inputs(module, inputs, grad_output, needed)``: the gradient that goes on down, as autograd would compute it;
+* ``record(module, inputs, grad_output)``: yields ``(parameter name, kind, tensors)`` with kind ``pair``, ``lookup`` or
+  ``dense`` (see `book_keeping`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from memarc_utils.book_keeping import accumulation_dtype
+
+
+def _tokens_in_one_axis(tensor: Tensor, trailing: int) -> Tensor:
+    """(B, middle axes..., trailing axes) to (B, T, trailing), T = 1 where there is no middle axis."""
+    return tensor.reshape(tensor.shape[0], -1, *tensor.shape[tensor.dim() - trailing:])
+
+
+class LinearRule:
+    """``y = x Wᵀ + b``: pair (output gradient, input) for W, sum over tokens for b. `Conv1D` keeps Wᵀ, so its pair is swapped."""
+
+    transposed = False
+
+    @classmethod
+    def inputs(cls, module: nn.Module, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        return (*args, *kwargs.values())
+
+    @classmethod
+    def needs_inputs(cls, module: nn.Module) -> bool:
+        """A frozen weight's layer (only its bias trains) has no use for its input: nothing is saved."""
+        return module.weight.requires_grad
+
+    @classmethod
+    def grad_inputs(cls, module, inputs, grad_output, needed):
+        weight = module.weight.to(grad_output.dtype)
+        return (grad_output @ (weight.t() if cls.transposed else weight),)
+
+    @classmethod
+    def record(cls, module, inputs, grad_output):
+        g = _tokens_in_one_axis(grad_output, 1)
+        if module.weight.requires_grad:
+            a = _tokens_in_one_axis(inputs[0], 1)
+            yield "weight", "pair", ((a, g) if cls.transposed else (g, a))
+        if module.bias is not None and module.bias.requires_grad:
+            yield "bias", "dense", g.sum(1, dtype=accumulation_dtype(g.dtype))
+
+
+class Conv1DRule(LinearRule):
+    transposed = True
+
+
+class EmbeddingRule:
+    """``y_t = W[x_t]``: the output gradients are added up row by row; the row of ``padding_idx`` gets none."""
+
+    @staticmethod
+    def inputs(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
+        return (*args, *kwargs.values())
+
+    @staticmethod
+    def needs_inputs(module):
+        return True
+
+    @staticmethod
+    def refuse(module) -> str | None:
+        """Settings under which an embedding's gradient is no sum of per-example gradients."""
+        if module.max_norm is not None:
+            return "max_norm rescales rows in the forward pass by what the batch looked up: set max_norm=None"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq divides by counts over the whole batch: set scale_grad_by_freq=False"
+        return None
+
+    @staticmethod
+    def grad_inputs(module, inputs, grad_output, needed):
+        return (None,)
+
+    @staticmethod
+    def record(module, inputs, grad_output):
+        indices = inputs[0].reshape(len(inputs[0]), -1)
+        values = grad_output.reshape(*indices.shape, -1)
+        if module.padding_idx is not None:
+            values = values.masked_fill((indices == module.padding_idx)[..., None], 0)
+        yield "weight", "lookup", (indices, values)
+
+
+class OPTPositionRule(EmbeddingRule):
+    """OPT looks positions up with an offset, and derives them from the attention mask when none are given."""
+
+    @staticmethod
+    def inputs(module, attention_mask=None, past_key_values_length=0, position_ids=None):
+        if position_ids is None:
+            position_ids = (torch.cumsum(attention_mask, dim=1) * attention_mask - 1).long()[:, past_key_values_length:]
+        return (position_ids + module.offset,)
+
+
+def _normalised(x: Tensor, dimensions: tuple[int, ...], epsilon: float, centred: bool) -> tuple[Tensor, Tensor]:
+    """x̂ and 1/σ of a normalisation layer, recomputed in float32 or wider from its input."""
+    x = x.to(accumulation_dtype(x.dtype))
+    if centred:
+        x = x - x.mean(dimensions, keepdim=True)
+    inverse = torch.rsqrt(x.square().mean(dimensions, keepdim=True) + epsilon)
+    return x * inverse, inverse
+
+
+class LayerNormRule:
+    """``y = x̂ ⊙ w + b``: ``Σ_t g_t ⊙ x̂_t`` for w and ``Σ_t g_t`` for b, both as small as one vector an example."""
+
+    centred = True
+
+    @classmethod
+    def inputs(cls, module, *args, **kwargs):
+        return (*args, *kwargs.values())
+
+    @classmethod
+    def needs_inputs(cls, module):
+        return True
+
+    @classmethod
+    def epsilon(cls, module, x) -> float:
+        return module.eps
+
+    @classmethod
+    def grad_inputs(cls, module, inputs, grad_output, needed):
+        x = inputs[0]
+        trailing = tuple(range(x.dim() - module.weight.dim(), x.dim()))
+        normal, inverse = _normalised(x, trailing, cls.epsilon(module, x), cls.centred)
+        g = grad_output.to(normal.dtype) * module.weight
+        inner = (g * normal).mean(trailing, keepdim=True)
+        if cls.centred:
+            g = g - g.mean(trailing, keepdim=True)
+        return (((g - normal * inner) * inverse).to(x.dtype),)
+
+    @classmethod
+    def record(cls, module, inputs, grad_output):
+        x, trailing = inputs[0], module.weight.dim()
+        wide = grad_output.to(accumulation_dtype(grad_output.dtype))
+        if module.weight.requires_grad:
+            normal, _ = _normalised(x, tuple(range(x.dim() - trailing, x.dim())), cls.epsilon(module, x), cls.centred)
+            yield "weight", "dense", _tokens_in_one_axis(wide * normal, trailing).sum(1)
+        if getattr(module, "bias", None) is not None and module.bias.requires_grad:
+            yield "bias", "dense", _tokens_in_one_axis(wide, trailing).sum(1)
+
+
+class RMSNormRule(LayerNormRule):
+    """The same without the mean; torch's eps of None means the input type's machine epsilon."""
+
+    centred = False
+
+    @classmethod
+    def epsilon(cls, module, x):
+        if hasattr(module, "variance_epsilon"):  # transformers
+            return module.variance_epsilon
+        return torch.finfo(x.dtype).eps if module.eps is None else module.eps
+
+
+class FunctionRule:
+    """A rule that a user registered: a function gives the per-example gradients, autograd the input gradient."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    @staticmethod
+    def inputs(module, *args, **kwargs):
+        tensors = (*args, *kwargs.values())
+        if not all(isinstance(t, Tensor) for t in tensors):
+            raise ValueError(f"a registered rule takes tensors only, {type(module).__name__} was called with "
+                             f"{[type(t).__name__ for t in tensors]}: give a non-tensor argument to the constructor")
+        return tensors
+
+    @staticmethod
+    def needs_inputs(module):
+        return True
+
+    @staticmethod
+    def grad_inputs(module, inputs, grad_output, needed):
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed)]
+            output = type(module).forward(module, *leaves)
+            wanted = [t for t in leaves if t.requires_grad]
+            grads = iter(torch.autograd.grad(output, wanted, grad_output))
+        return tuple(next(grads) if n else None for n in needed)
+
+    def record(self, module, inputs, grad_output):
+        trainable = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        gradients = self.function(module, *inputs, grad_output)
+        if missing := trainable - set(gradients):
+            raise ValueError(f"the rule registered for {type(module).__name__} gave no gradient of {sorted(missing)}")
+        for name in sorted(trainable):
+            yield name, "dense", gradients[name]
+
+
+def per_example_loop(module: nn.Module, *inputs_and_grad: Tensor) -> dict[str, Tensor]:
+    """Per-example gradients of any module whose examples do not meet, through `torch.func` (vmap over examples of a vjp).
+
+    Right only where ``module(x)[i]`` depends on ``x[i]`` alone; that is compared with the batch's own output, so a module
+    that mixes examples (batch normalisation) raises. Give it to `register_rule`.
+
+    Raises:
+        ValueError: the module mixes its examples, or is random.
+    """
+    *inputs, grad_output = inputs_and_grad
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+
+    def one_example(parameters, grad, *example):
+        def run(parameters):
+            return torch.func.functional_call(module, parameters, tuple(t[None] for t in example))[0]
+        output, pull_back = torch.func.vjp(run, parameters)
+        return pull_back(grad)[0], output
+
+    original = module.__dict__.pop("forward", None)  # the plain forward: nothing is recorded while recomputing
+    try:
+        gradients, alone = torch.vmap(one_example, in_dims=(None, 0, *[0] * len(inputs)))(parameters, grad_output, *inputs)
+        with torch.no_grad():
+            together = module(*inputs)
+    finally:
+        if original is not None:
+            module.forward = original
+    if not torch.allclose(alone, together, rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise ValueError(f"{type(module).__name__} gives an example another output alone than in a batch: its examples "
+                         "meet, so no per-example gradient exists. Freeze its parameters or replace the layer")
+    return gradients
+
+
+_TRANSFORMERS = "transformers.models."
+RULES: dict[tuple[str, str], object] = {
+    ("torch.nn.modules.linear", "Linear.forward"): LinearRule,
+    ("transformers.pytorch_utils", "Conv1D.forward"): Conv1DRule,
+    ("torch.nn.modules.sparse", "Embedding.forward"): EmbeddingRule,
+    (_TRANSFORMERS + "opt.modeling_opt", "OPTLearnedPositionalEmbedding.forward"): OPTPositionRule,
+    ("torch.nn.modules.normalization", "LayerNorm.forward"): LayerNormRule,
+    ("torch.nn.modules.normalization", "RMSNorm.forward"): RMSNormRule,
+    **{(f"{_TRANSFORMERS}{family}.modeling_{family}", f"{name}.forward"): RMSNormRule for family, name in (
+        ("llama", "LlamaRMSNorm"), ("mistral", "MistralRMSNorm"), ("qwen2", "Qwen2RMSNorm"), ("t5", "T5LayerNorm"))},
+}
+
+
+def _key(module_class: type) -> tuple[str, str]:
+    return module_class.forward.__module__, module_class.forward.__qualname__
+
+
+def rule_for(module: nn.Module):
+    """The rule of this module's exact ``forward``, or None; a forward that was wrapped in another function has none."""
+    forward = type(module).forward
+    return None if hasattr(forward, "__wrapped__") else RULES.get(_key(type(module)))
+
+
+def register_rule(module_class: type, function: Callable) -> None:
+    """Teaches the engine a layer of your own.
+
+    Args:
+        module_class: the class whose ``forward(*tensors) -> Tensor`` the rule is for, batch axis first everywhere.
+        function: ``function(module, *inputs, grad_output) -> {parameter name: (B, *shape)}``, for instance `per_example_loop`.
+
+    Raises:
+        ValueError: not a module class with a forward of its own, or the class has a built-in rule.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise ValueError(f"register_rule takes a class derived from torch.nn.Module, not {module_class!r}")
+    if "forward" not in vars(module_class):
+        raise ValueError(f"{module_class.__name__} has no forward of its own: register the class that defines it")
+    if isinstance(RULES.get(_key(module_class), FunctionRule(function)), FunctionRule) is False:
+        raise ValueError(f"{module_class.__name__} has a built-in rule already: nothing to register")
+    RULES[_key(module_class)] = FunctionRule(function)

@@ -1,0 +1,189 @@
+"""One look for every figure: a theme, one colour and marker a method, and the few charts that several notebooks need.
+
+Each chart takes a plain table (a DataFrame with one row a method) and returns its Axes, so that a notebook can add to
+it. Figures come out as PNG at moderate size. The sentence below a figure becomes its alt text when it is refreshed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method is drawn, and what it is called in a legend."""
+
+    color: str
+    marker: str
+    label: str
+
+
+# Colours apart for colour-blind readers (Okabe and Ito's eight, and three of their shades); markers differ as well.
+METHOD_STYLE = {
+    "non-private": Style("#000000", "*", "non-private"),
+    "full": Style("#999999", "o", "full fine-tuning"),
+    "lora": Style("#0072B2", "s", "LoRA"),
+    "ffa-lora": Style("#56B4E9", "D", "FFA-LoRA"),
+    "adapters": Style("#CC79A7", "p", "adapters"),
+    "bitfit": Style("#E69F00", "^", "BiTFiT"),
+    "linear-probe": Style("#8C6D1F", "x", "linear probe"),
+    "side": Style("#D55E00", "P", "side network"),
+    "side-cached": Style("#8A3B00", "X", "side network, cached"),
+    "reversible": Style("#009E73", "v", "reversible"),
+    "zeroth-order": Style("#6A4C93", "h", "zeroth order"),
+}
+
+
+def set_theme() -> None:
+    """Set the look of all figures: seaborn's white grid, and a size at which a notebook stays small."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams.update({"figure.figsize": (7.0, 4.0), "figure.dpi": 90, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2.0})
+
+
+def style(method: str) -> Style:
+    """Colour, marker and label of a method.
+
+    Raises:
+        ValueError: a method that has no style.
+    """
+    if method not in METHOD_STYLE:
+        raise ValueError(f"there is no style for method {method!r}; the methods are {', '.join(METHOD_STYLE)}")
+    return METHOD_STYLE[method]
+
+
+def method_palette() -> dict[str, str]:
+    """`{method: colour}`, as seaborn takes it: `sns.lineplot(..., hue="method", palette=method_palette())`."""
+    return {method: METHOD_STYLE[method].color for method in METHOD_STYLE}
+
+
+def _checked(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing or not len(table):
+        what = f"has no column {', '.join(missing)}" if missing else "has no row"
+        raise ValueError(f"the table {what}; it needs one row a method and the columns {', '.join(columns)}")
+
+
+def plot_memory_against_accuracy(
+    table: pd.DataFrame,
+    *,
+    memory: str = "peak_memory_mb",
+    accuracy: str = "accuracy",
+    accuracy_std: str | None = None,
+    axes: Axes | None = None,
+) -> Axes:
+    """Accuracy of each method over the memory it needs: up and to the left is better.
+
+    Args:
+        table: one row a method, with the columns `method` and the ones named here.
+        memory: column of the peak memory above the loaded model, in MB (drawn on a logarithmic axis).
+        accuracy: column of the test accuracy, between 0 and 1 (mean over seeds).
+        accuracy_std: column of its standard deviation over seeds, drawn as a bar.
+        axes: where to draw; a new figure when left out.
+
+    Raises:
+        ValueError: a missing column, an empty table, an unknown method.
+    """
+    _checked(table, ["method", memory, accuracy] + ([accuracy_std] if accuracy_std else []))
+    axes = plt.subplots()[1] if axes is None else axes
+    for _, row in table.iterrows():
+        look = style(row["method"])
+        axes.errorbar(
+            row[memory],
+            100 * row[accuracy],
+            yerr=100 * row[accuracy_std] if accuracy_std else None,
+            fmt=look.marker,
+            color=look.color,
+            markersize=11,
+            capsize=4,
+        )
+        axes.annotate(look.label, (row[memory], 100 * row[accuracy]), xytext=(10, 6), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.1, high * 1.6)  # room for the last label
+    axes.margins(y=0.2)
+    axes.set_xlabel("peak memory above the model (MB, logarithmic)")
+    axes.set_ylabel("test accuracy (%)")
+    return axes
+
+
+def plot_bars(
+    table: pd.DataFrame, value: str, *, label: str, std: str | None = None, decimals: int = 1, axes: Axes | None = None
+) -> Axes:
+    """One horizontal bar a method, in the order of the table (baseline first), each with its number.
+
+    Args:
+        table: one row a method, with the columns `method` and the ones named here.
+        value: column of the numbers.
+        label: the axis label, with the unit: `"seconds a step"`.
+        std: column of the standard deviation over seeds, drawn as a line.
+        decimals: digits after the point of the numbers at the bars.
+        axes: where to draw; a new figure when left out.
+
+    Raises:
+        ValueError: a missing column, an empty table, an unknown method.
+    """
+    _checked(table, ["method", value] + ([std] if std else []))
+    looks = [style(method) for method in table["method"]]
+    axes = plt.subplots(figsize=(7.0, 0.5 * len(table) + 1.0))[1] if axes is None else axes
+    deviations = table[std].to_list() if std else None
+    bars = axes.barh(
+        range(len(table)), table[value].to_list(), xerr=deviations, color=[look.color for look in looks], capsize=4
+    )
+    axes.bar_label(bars, fmt=f"%.{decimals}f", padding=4)
+    axes.set_yticks(range(len(table)), [look.label for look in looks])
+    axes.invert_yaxis()  # the first row on top
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(label)
+    return axes
+
+
+def plot_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    axes: Axes | None = None,
+) -> Axes:
+    """Curves over one axis, such as ε over steps by accountant. A key that is a method gets the method's look.
+
+    Args:
+        lines: `{label or method: (x, y)}`, drawn in this order.
+        xlabel: label of the horizontal axis, with its unit.
+        ylabel: label of the vertical axis, with its unit.
+        log_x: horizontal axis logarithmic.
+        log_y: vertical axis logarithmic.
+        axes: where to draw; a new figure when left out.
+
+    Raises:
+        ValueError: nothing to draw, or x and y of different length.
+    """
+    if not lines:
+        raise ValueError("there is no line to draw; give {label: (x, y)}")
+    axes = plt.subplots()[1] if axes is None else axes
+    for name, (x, y) in lines.items():
+        if len(x) != len(y):
+            raise ValueError(f"line {name!r} has {len(x)} x values and {len(y)} y values; give as many of each")
+        look = METHOD_STYLE.get(name)
+        if look is None:
+            axes.plot(x, y, label=name)
+        else:
+            axes.plot(x, y, label=look.label, color=look.color, marker=look.marker)
+    axes.set_xscale("log" if log_x else "linear")
+    axes.set_yscale("log" if log_y else "linear")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    if len(lines) > 1:
+        axes.legend()
+    return axes

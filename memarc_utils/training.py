@@ -1,0 +1,159 @@
+"""Per-example losses, and the loops that train with and without privacy and evaluate, with a progress bar."""
+
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.batch_selection import pad_rows, poisson_batches
+from memarc_utils.dp_sgd import PrivateOptimizer, make_private
+
+
+def setup(seed: int) -> torch.device:
+    """Seeds torch, numpy and random, sets the figures' theme, prints one line of versions and device.
+
+    Returns:
+        CUDA where there is one, else the CPU.
+    """
+    import opacus
+    import transformers
+
+    from memarc_utils.plotting import set_theme
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    set_theme()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"Python {sys.version.split()[0]} · torch {torch.__version__.split('+')[0]} · transformers "
+          f"{transformers.__version__} · opacus {opacus.__version__} · seed {seed} · {device}")
+    return device
+
+
+def progress(steps: Iterable, description: str, total: int | None = None) -> Iterable:
+    """A progress bar with the time left; silent where nobody looks (papermill, CI)."""
+    return tqdm(steps, desc=description, total=total, disable=bool(os.environ.get("MEMARC_HEADLESS")), leave=False)
+
+
+def classification_losses(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each example."""
+    inputs = {name: t for name, t in batch.items() if name != "labels"}
+    return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+
+
+def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once: int = 64) -> Float[Tensor, " batch"]:
+    """Mean over each example's *own* target tokens of the next-token cross-entropy (labels of -100 are no targets).
+
+    A mean over the batch's tokens would let one example's length scale another's gradient. The head is applied to
+    ``tokens_at_once`` positions at a time and recomputed in the backward pass, so that logits (B, T, vocabulary) never
+    stand whole.
+    """
+    labels = batch["labels"][:, 1:]
+    inputs = {name: t for name, t in batch.items() if name != "labels"}
+    base = getattr(model, model.base_model_prefix)
+    base = getattr(base, "decoder", base)  # OPT's language model calls the decoder inside its base module
+    hidden = base(**inputs).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+
+    def summed(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
+
+    pieces = zip(hidden.split(tokens_at_once, 1), labels.split(tokens_at_once, 1))
+    total = sum(checkpoint(summed, h, y, use_reentrant=False) for h, y in pieces)
+    return total / (labels != -100).sum(1).clamp_min(1)
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, start_at_zero_rate: float | None = None) -> list[dict]:
+    """Optimizer groups: what starts at zero (an upsample, LoRA's B) and the head may learn at a rate of their own.
+
+    Until those have moved nothing below them has a gradient, only noise; a higher rate for them and a lower one for the
+    rest is what makes private training of a side network work.
+    """
+    fast, slow = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            leads = not bool(p.detach().any()) or not any(part in name for part in ("lora_", "downs", "side_blocks", "gates"))
+            (fast if leads else slow).append(p)
+    groups = [{"params": fast, "lr": start_at_zero_rate or learning_rate}, {"params": slow, "lr": learning_rate}]
+    return [group for group in groups if group["params"]]
+
+
+def _pad_token(model: nn.Module) -> int:
+    return getattr(model.config, "pad_token_id", None) or 0
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: t.to(device) for name, t in batch.items()}
+
+
+def train_privately(model: nn.Module, dataset, plan: PrivacyPlan, optimizer: torch.optim.Optimizer,
+                    loss_per_example: Callable = classification_losses, *, clipping: str = "automatic",
+                    physical_batch_size: int = 32, sampling_generator: torch.Generator | None = None,
+                    noise_generator: torch.Generator | None = None, description: str = "private training") -> PrivateOptimizer:
+    """All the plan's steps, on Poisson batches. The learning rate falls linearly to zero.
+
+    Generators are for checks and lessons; a run that is released leaves them out.
+
+    Returns:
+        The `PrivateOptimizer`, detached from the model, which is trained in place.
+    """
+    device = next(model.parameters()).device
+    private = make_private(model, optimizer, plan, clipping=clipping, noise_generator=noise_generator)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / plan.num_steps)
+    batches = poisson_batches(dataset, plan, physical_batch_size, pad_token_id=_pad_token(model),
+                              generator=sampling_generator)
+    model.train()
+    try:
+        for batch in progress(batches, description, plan.num_steps):
+            for micro_batch in batch:
+                private.backward(loss_per_example(model, to_device(micro_batch, device)))
+            private.step()
+            schedule.step()
+    finally:
+        private.detach()
+        model.eval()
+    return private
+
+
+def train_without_privacy(model: nn.Module, dataset, optimizer: torch.optim.Optimizer,
+                          loss_per_example: Callable = classification_losses, *, batch_size: int = 32, num_epochs: int = 2,
+                          generator: torch.Generator | None = None, description: str = "training") -> nn.Module:
+    """Plain training for comparison: shuffled batches, mean loss, learning rate falling linearly to zero."""
+    device = next(model.parameters()).device
+    size = len(dataset)
+    order = torch.cat([torch.randperm(size, generator=generator) for _ in range(num_epochs)]).tolist()
+    starts = range(0, len(order), batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(starts))
+    model.train()
+    for start in progress(starts, description):
+        rows = [dataset[i] for i in order[start:start + batch_size]]
+        loss_per_example(model, to_device(pad_rows(rows, _pad_token(model)), device)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset, batch_size: int = 64) -> float:
+    """Share of examples whose label is predicted, in evaluation mode."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
+    right = 0
+    for start in range(0, len(order), batch_size):
+        batch = to_device(pad_rows([dataset[i] for i in order[start:start + batch_size]], _pad_token(model)), device)
+        labels = batch.pop("labels")
+        right += int((model(**batch).logits.argmax(-1) == labels).sum())
+    model.train(training)
+    return right / len(dataset)

@@ -1,0 +1,165 @@
+"""`book_keeping`: norms and weighted sums of every mixture of contributions against sums written out in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memarc_utils import book_keeping
+from memarc_utils.book_keeping import HeldGradient, lookup_norms_squared, pair_gradient, pair_is_smaller, pair_norms_squared
+from tests.models import seeded
+
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+
+def random_contributions(batch, rows, columns, tokens, num_dense, num_pairs, num_lookups, seed, dtype=torch.float64):
+    generator = seeded(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    dense = [normal(batch, rows, columns) for _ in range(num_dense)]
+    pairs = [(normal(batch, tokens + k, rows), normal(batch, tokens + k, columns)) for k in range(num_pairs)]
+    lookups = [(torch.randint(0, rows, (batch, tokens + k), generator=generator), normal(batch, tokens + k, columns))
+               for k in range(num_lookups)]
+    return dense, pairs, lookups
+
+
+def written_out(dense, pairs, lookups, batch, rows, columns):
+    """The per-example gradients, one product at a time."""
+    gradients = torch.zeros(batch, rows, columns, dtype=torch.float64)
+    for i in range(batch):
+        for part in dense:
+            gradients[i] += part[i].double()
+        for left, right in pairs:
+            for t in range(left.shape[1]):
+                gradients[i] += torch.outer(left[i, t].double(), right[i, t].double())
+        for indices, values in lookups:
+            for t in range(indices.shape[1]):
+                gradients[i, indices[i, t]] += values[i, t].double()
+    return gradients
+
+
+def held_of(dense, pairs, lookups, shape, dense_only=False):
+    held = HeldGradient(torch.Size(shape), dense_only)
+    for part in dense:
+        held.add_dense(part)
+    for pair in pairs:
+        held.add_pair(*pair)
+    for lookup in lookups:
+        held.add_lookup(*lookup)
+    return held
+
+
+shapes = dict(batch=st.integers(1, 4), rows=st.integers(1, 9), columns=st.integers(1, 9), tokens=st.integers(1, 5),
+              num_dense=st.integers(0, 2), num_pairs=st.integers(0, 2), num_lookups=st.integers(0, 2), seed=st.integers(0, 9))
+
+
+@few
+@given(dense_only=st.booleans(), **shapes)
+def test_any_mixture_has_the_norm_and_the_sum_of_its_total(batch, rows, columns, tokens, num_dense, num_pairs, num_lookups,
+                                                           seed, dense_only):
+    if num_dense + num_pairs + num_lookups == 0:
+        num_dense = 1
+    parts = random_contributions(batch, rows, columns, tokens, num_dense, num_pairs, num_lookups, seed)
+    want = written_out(*parts, batch, rows, columns)
+    held = held_of(*parts, (rows, columns), dense_only)
+
+    torch.testing.assert_close(held.norms_squared(), want.flatten(1).square().sum(1), rtol=1e-9, atol=1e-9)
+    factors = torch.linspace(0.2, 1.0, batch, dtype=torch.float64)
+    keep = torch.arange(batch) != 1
+    total = torch.ones(rows, columns, dtype=torch.float64)
+    held.add_weighted_sum(total, factors, keep)
+    torch.testing.assert_close(total, 1 + torch.einsum("b,brc->rc", factors * keep, want), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kinds", [(1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 2, 0), (0, 0, 2), (2, 2, 2)])
+def test_cross_terms_count(kinds):
+    """The squared norm of a sum is not the sum of squared norms: without cross terms a tied weight is clipped too little."""
+    parts = random_contributions(3, 12, 11, 2, *kinds, seed=5)
+    held = held_of(*parts, (12, 11))
+    assert bool(held.pairs) == (kinds[1] > 0) and bool(held.lookups) == (kinds[2] > 0)  # nothing was made dense on the way
+    want = written_out(*parts, 3, 12, 11).flatten(1).square().sum(1)
+    apart = sum(written_out([d], [], [], 3, 12, 11).flatten(1).square().sum(1) for d in parts[0])
+    apart += sum(written_out([], [p], [], 3, 12, 11).flatten(1).square().sum(1) for p in parts[1])
+    apart += sum(written_out([], [], [x], 3, 12, 11).flatten(1).square().sum(1) for x in parts[2])
+    torch.testing.assert_close(held.norms_squared(), want, rtol=1e-10, atol=0)
+    assert ((apart - want).abs() > 1e-3 * want).any()
+
+
+@few
+@given(batch=st.integers(1, 3), rows=st.integers(1, 12), columns=st.integers(1, 12), tokens=st.integers(1, 12),
+       seed=st.integers(0, 9))
+def test_pair_and_lookup_norms_by_either_way(batch, rows, columns, tokens, seed):
+    """Gram matrices where T(p + d) ≤ pd, the gradient itself elsewhere: the shapes drawn here meet both."""
+    _, [(left, right)], [(indices, values)] = random_contributions(batch, rows, columns, tokens, 0, 1, 1, seed)
+    torch.testing.assert_close(pair_norms_squared(left, right), pair_gradient(left, right).square().sum((1, 2)),
+                               rtol=1e-9, atol=1e-9)
+    want = written_out([], [], [(indices, values)], batch, rows, columns).square().sum((1, 2))
+    torch.testing.assert_close(lookup_norms_squared(indices, values), want, rtol=1e-9, atol=1e-9)
+
+
+def test_slices_change_nothing(monkeypatch):
+    parts = random_contributions(5, 20, 30, 4, 0, 1, 1, seed=3)
+    whole = held_of(*parts, (20, 30)).norms_squared()
+    monkeypatch.setattr(book_keeping, "_SLICE_ELEMENTS", 1)
+    torch.testing.assert_close(held_of(*parts, (20, 30)).norms_squared(), whole, rtol=1e-12, atol=0)
+
+
+def test_holds_whichever_is_smaller():
+    """LoRA with r=8, d=1024, T=128: 8,192 numbers an example instead of 147,456; a full weight keeps the pair."""
+    left, right = torch.zeros(2, 128, 8), torch.zeros(2, 128, 1024)
+    held = held_of([], [(left, right)], [], (8, 1024))
+    assert held.numbers_held() == 2 * 8 * 1024 and not held.pairs
+    left = torch.zeros(2, 128, 1024)
+    held = held_of([], [(left, right)], [], (1024, 1024))
+    assert held.numbers_held() == 2 * 128 * 2048 and held.dense is None
+    reference = held_of([], [(left, right)], [], (1024, 1024), dense_only=True)
+    assert reference.numbers_held() == 2 * 1024 * 1024 and not reference.pairs
+    assert pair_is_smaller(1024, 1024, 512) and not pair_is_smaller(1024, 1024, 513)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_example_outside_keep_adds_exactly_nothing(bad):
+    dense, pairs, lookups = random_contributions(3, 12, 11, 2, 1, 1, 1, seed=2)
+    for tensor in (dense[0], *pairs[0], lookups[0][1]):
+        tensor[1] = bad
+    want = written_out([d[[0, 2]] for d in dense], [(a[[0, 2]], b[[0, 2]]) for a, b in pairs],
+                       [(i[[0, 2]], v[[0, 2]]) for i, v in lookups], 2, 12, 11).sum(0)
+    total = torch.zeros(12, 11, dtype=torch.float64)
+    held_of(dense, pairs, lookups, (12, 11)).add_weighted_sum(total, torch.ones(3), torch.tensor([True, False, True]))
+    torch.testing.assert_close(total, want, rtol=1e-10, atol=1e-10)
+
+
+def test_low_precision_is_accumulated_in_float32():
+    """4,096 equal bfloat16 terms: adding up in bfloat16 stops at 256."""
+    ones = torch.ones(1, 4096, 1, dtype=torch.bfloat16)
+    held = held_of([], [(ones, ones)], [(torch.zeros(1, 4096, dtype=torch.long), ones)], (1, 1))
+    assert held.norms_squared().dtype == torch.float32
+    assert float(held.norms_squared()) == 8192.0**2
+    total = torch.zeros(1, 1)
+    held.add_weighted_sum(total, torch.ones(1), torch.tensor([True]))
+    assert float(total) == 8192.0
+
+
+@pytest.mark.parametrize("kind", ["pair", "lookup", "pair and dense", "lookup and dense", "two pairs"])
+def test_cancelling_contributions_are_never_measured_too_small(kind):
+    """Two terms of norm ~1e5 cancel to ~1: Gram matrices in float32 know the difference only to ±30, and a norm that is
+    measured as 0 leaves the example unclipped. So what cancels must be measured otherwise."""
+    generator = seeded(11)
+    worst = 0.0
+    for _ in range(20):
+        left, right = torch.randn(1, 1, 64, generator=generator), torch.randn(1, 1, 64, generator=generator) * 1e3
+        off = right * (1 + 1e-5 * torch.randn(1, 1, 64, generator=generator))
+        zero = torch.zeros(1, 1, dtype=torch.long)
+        parts = {"pair": ([], [(torch.cat([left, -left], 1), torch.cat([right, off], 1))], []),
+                 "two pairs": ([], [(left, right), (-left, off)], []),
+                 "pair and dense": ([-pair_gradient(left, off)], [(left, right)], []),
+                 "lookup": ([], [], [(torch.zeros(1, 2, dtype=torch.long), torch.cat([right, -off], 1))]),
+                 "lookup and dense": ([torch.cat([-off, torch.zeros(1, 63, 64)], 1)], [], [(zero, right)])}[kind]
+        held = held_of(*parts, (64, 64))
+        total = torch.zeros(64, 64)
+        measured = float(held.norms_squared().sqrt())
+        held.add_weighted_sum(total, torch.ones(1), torch.tensor([True]))
+        worst = max(worst, float(total.norm()) / max(measured, 1e-12))
+    assert worst <= 1.1

@@ -1,0 +1,65 @@
+"""The charts show what the table says, in the same look everywhere, and refuse a table they cannot draw."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from memarc_utils import plotting
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    plotting.set_theme()
+    yield
+    plt.close("all")
+
+
+TABLE = pd.DataFrame(
+    {"method": ["non-private", "side"], "peak_memory_mb": [900.0, 300.0], "accuracy": [0.86, 0.79], "std": [0.01, 0.02]}
+)
+
+
+def test_no_two_methods_look_alike():
+    styles = plotting.METHOD_STYLE.values()
+    assert len({style.color for style in styles}) == len({style.marker for style in styles}) == len(styles)
+    assert plotting.method_palette()["side"] == plotting.style("side").color
+
+
+def test_memory_against_accuracy_draws_each_method_where_the_table_says():
+    axes = plotting.plot_memory_against_accuracy(TABLE, accuracy_std="std")
+    points = {line.get_marker(): line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() in "*P"}
+    assert points == {"*": [900.0, 86.0], "P": [300.0, 79.0]}
+    assert [text.get_text() for text in axes.texts] == ["non-private", "side network"]
+    assert axes.get_xscale() == "log"
+
+
+def test_bars_keep_the_order_of_the_table():
+    axes = plotting.plot_bars(TABLE, "peak_memory_mb", label="MB", std="std")
+    assert [bar.get_width() for bar in axes.patches] == [900.0, 300.0]
+    assert [to_hex(bar.get_facecolor()).upper() for bar in axes.patches] == ["#000000", "#D55E00"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["non-private", "side network"]
+    assert axes.yaxis_inverted()
+
+
+def test_lines_know_methods():
+    axes = plotting.plot_lines({"side": ([1, 2], [3, 4]), "PLD": ([1, 2], [5, 6])}, xlabel="T", ylabel="ε", log_y=True)
+    assert [line.get_label() for line in axes.lines] == ["side network", "PLD"]
+    assert axes.lines[0].get_color() == plotting.style("side").color
+    assert axes.get_yscale() == "log" and axes.get_xscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    ("draw", "said"),
+    [
+        (lambda: plotting.plot_bars(TABLE, "seconds", label="s"), "no column seconds"),
+        (lambda: plotting.plot_bars(TABLE[:0], "accuracy", label="s"), "has no row"),
+        (lambda: plotting.plot_bars(TABLE.replace("side", "sde"), "accuracy", label="s"), "no style for method 'sde'"),
+        (lambda: plotting.plot_memory_against_accuracy(TABLE, memory="mb"), "no column mb"),
+        (lambda: plotting.plot_lines({"a": ([1, 2], [1])}, xlabel="", ylabel=""), "2 x values and 1 y values"),
+        (lambda: plotting.plot_lines({}, xlabel="", ylabel=""), "no line"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, said):
+    with pytest.raises(ValueError, match=said):
+        draw()
