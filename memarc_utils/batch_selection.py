@@ -72,7 +72,12 @@ class LogicalBatch:
         if rows and isinstance(rows[0], dict) and isinstance(rows[0].get("input_ids"), (list, tuple)):
             rows.sort(key=lambda row: len(row["input_ids"]))  # rows of like length together: less padding to compute
         for start in range(0, len(rows), self._physical):
-            yield self._collate(rows[start:start + self._physical])
+            some = rows[start:start + self._physical]
+            micro_batch = self._collate(some)
+            if any(isinstance(t, Tensor) and len(t) != len(some) for t in micro_batch.values()):
+                raise ValueError(f"collate made {[len(t) for t in micro_batch.values()]} rows of {len(some)} examples: give one row an "
+                                 "example, or each of an example's rows would be clipped by itself and it would count several times")
+            yield micro_batch
 
 
 class _Batches:
@@ -162,7 +167,8 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
         dataset: anything with ``len`` and ``[i]`` that gives a dict of ints, floats, lists or tensors.
         plan: owns the sampling rate and the number of steps.
         physical_batch_size: at most so many examples go through the model at once; changes memory, never the result.
-        collate: rows to micro-batch; `pad_rows` by default.
+        collate: rows to micro-batch; `pad_rows` by default. One row in, one row out: several rows made of one example
+            (windows, augmentations) would be clipped as so many examples.
         pad_token_id: for the default collate.
         generator: seeded by the operating system if None. Give one for checks only.
 

@@ -148,17 +148,15 @@ class HeldGradient:
             total = total + 2 * (rows * _wide(values, precision)).sum((1, 2))
         return total.clamp_min(0)
 
-    def incoherent_squares(self) -> Float[Tensor, " batch"]:
-        """``Σ_t ‖l_t‖² ‖r_t‖²``: the squared norm if all contributions were orthogonal. A norm far below it came out of
-        cancellation, where float32 has lost digits (see `GradSampler`)."""
-        total = 0
-        if self.dense is not None:
-            total = total + self.dense.flatten(1).square().sum(1)
-        for left, right in self.pairs:
-            total = total + (_wide(left).square().sum(2) * _wide(right).square().sum(2)).sum(1)
-        for _, values in self.lookups:
-            total = total + _wide(values).square().sum((1, 2))
-        return total
+    def squares_without_cancellation(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """What the squared norm would be if the tokens' contributions were orthogonal, ``Σ_t w_t²``, and if they all
+        pointed one way, ``(Σ_t w_t)²``, with ``w_t = ‖l_t‖ ‖r_t‖``. A norm far below the first came out of cancellation,
+        where float32 has lost digits; below 1e-5 of the second, float32 cannot tell it from rounding."""
+        sizes = [] if self.dense is None else [self.dense.flatten(1).square().sum(1, keepdim=True).sqrt()]
+        sizes += [(_wide(left).square().sum(2) * _wide(right).square().sum(2)).sqrt() for left, right in self.pairs]
+        sizes += [_wide(values).square().sum(2).sqrt() for _, values in self.lookups]
+        w = torch.cat(sizes, 1)
+        return w.square().sum(1), w.sum(1).square()
 
     @staticmethod
     def _cross_pair_lookup(pair: tuple[Tensor, Tensor], lookup: tuple[Tensor, Tensor], precision: torch.dtype

@@ -166,9 +166,9 @@ def dataset_card(dataset: datasets.Dataset) -> DatasetCard:
 def load_text_dataset(name: str, split: str = "train") -> datasets.Dataset:
     """Loads one split ("train", "validation" or "test") of a data set of `available_datasets()`, in memory.
 
-    No text stands in two splits: a row of train (or validation) whose text, up to case, spaces and punctuation, also
-    stands in validation or test is dropped, and the card says how many were. Splits that the data does not bring are
-    made here from a hash of the text (or film, premise, speaker), so they do not depend on the order of the rows.
+    No text (for pairs: no pair) stands in two splits: a row of train or validation that also stands in a later split,
+    up to case, spaces and punctuation, is dropped, and the card says how many were. Splits that the data does not bring
+    are made here from a hash of the text (or film, premise, speaker), so they do not depend on the order of the rows.
 
     Returns:
         Columns `text`, and `label` (with class names), `text_pair`, `target`, `speaker`, `group` as the data has them.
@@ -347,14 +347,12 @@ def tokenize_dataset(
 
     Classification: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer gives them, `labels` (the
     class). Generation and language modelling: the ids of prompt, target, end of text; `labels` the same with -100 on
-    the prompt. A prompt that is too long loses its beginning, a target without room its end.
+    the prompt. A prompt that is too long loses its beginning, a target without room its end. The result has these
+    columns alone, the rows in the same order, and the same card.
 
     Args:
         template: format string with `{text}` and, for pairs, `{text_pair}`: the text to classify (None: the text, or
             the pair as the tokenizer joins it), or the prompt of a generation (None: the text and a line break).
-
-    Returns:
-        These columns alone, rows in the same order, the same card.
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: an example needs at least 2 tokens")

@@ -48,10 +48,10 @@ class PrivateOptimizer:
     def __init__(self, model, optimizer, plan, clipping, mode, noise_generator) -> None:
         check_clipping(clipping, plan.max_grad_norm)
         _check_optimizer(model, optimizer)
-        device = next(p.device for p in model.parameters() if p.requires_grad)
+        device = next((p.device for p in model.parameters() if p.requires_grad), None)
         self._generator_given = noise_generator is not None
         if noise_generator is None:
-            noise_generator = torch.Generator(device=device)
+            noise_generator = torch.Generator(device=device or "cpu")
             noise_generator.seed()
         _check_generator(noise_generator)
         self.model, self.optimizer, self.plan = model, optimizer, plan
@@ -175,6 +175,7 @@ class PrivateOptimizer:
         self.zero_grad()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.note_buffers()
         if sampler is not None or self._generator_given:
             self.noise_generator.set_state(state["noise_generator"])
         else:
@@ -281,7 +282,7 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
                 alone = clipped(everyone, lambda n: torch.nn.functional.one_hot(torch.tensor(i, device=n.device), batch).to(n.dtype))[0]
                 size = max(_distance(loop[i], {}), 1e-6)
                 relative = max(relative, _distance(alone, loop[i]) / size)
-                norm_error = max(norm_error, abs(float(norms[i]) - _distance(loop[i], {})) / size)
+                norm_error = max(norm_error, abs(float(norms[i].nan_to_num(math.inf)) - _distance(loop[i], {})) / size)
             untrained = [n for n in sampler.names.values() if n not in sampler.recorded]
         finally:
             sampler.detach()

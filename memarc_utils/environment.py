@@ -87,8 +87,14 @@ def run_logged(title: str, command: Sequence[str], log: Path) -> int:
     with open(log, "ab") as output:
         output.write(f"\n$ {' '.join(map(str, command))}\n".encode())
         output.flush()
+        # In a session of its own, so that what it starts in turn (venv starts pip) can be ended with it.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
         try:
             while True:
@@ -103,12 +109,8 @@ def run_logged(title: str, command: Sequence[str], log: Path) -> int:
                         last_shown = elapsed
                         print(f"      {_clock(elapsed)} {_last_step(log)}".rstrip(), flush=True)
         except BaseException:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # everything it wrote is removed next, so it need not tidy up
+            process.wait()
             raise
         finally:
             if on_terminal:
@@ -243,7 +245,7 @@ def main() -> int:
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
         set_up()

@@ -21,6 +21,10 @@ from memarc_utils.layer_rules import EmbeddingRule, FunctionRule, OPTPositionRul
 MODES = ("book_keeping", "per_example")
 # A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
 _CANCELLED = 0.1
+# A norm is never called smaller than float32's rounding of the sum that it is clipped in: this share, squared, of Σ ‖l_t‖‖r_t‖.
+_ROUNDING = 1e-10
+# The probe is repeated until every layer's gradient has been seen (what lies below a zero has none), but not for ever.
+_MOST_PROBES = 8
 
 
 class _RecordedLayer(torch.autograd.Function):
@@ -61,6 +65,9 @@ class _RecordingForward:
             return type(module).forward(module, *args, **kwargs)
         inputs, batch, folded = self.sampler.with_batch_axis(module, rule.inputs(module, *args, **kwargs))
         parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if any(p not in self.sampler.names for p in parameters):  # swapped by functional_call, or a new Parameter
+            raise ValueError(f"a parameter of {type(module).__name__} was replaced since make_private: call private.detach(), change the "
+                             "model, then call make_private again")
         return _RecordedLayer.apply(self.sampler, module, rule, batch, folded, len(inputs), *inputs, *parameters)
 
     def __deepcopy__(self, memo):
@@ -76,9 +83,9 @@ class GradSampler:
     Args:
         model: trainable parameters are those with ``requires_grad``; each must be owned by a layer that has a rule.
         mode: ``book_keeping``, or ``per_example`` which holds every per-example gradient (the plain reference).
-        probe: at the first backward of at least two examples, send only the last one's loss back once and demand that
-            it reaches no other example's row anywhere. So layers whose rows are no examples, whatever their number, and
-            losses that mix examples, raise.
+        probe: at the first backward of at least two examples, send only the last one's loss back and demand that it
+            reaches no other example's row anywhere; again until every layer was seen. So layers whose rows are no examples,
+            whatever their number, and losses that mix examples, raise.
 
     Attributes:
         names: trainable parameter to its (first) name in the model.
@@ -102,11 +109,14 @@ class GradSampler:
         for name, module in owners:
             _check_owner(name, module)
         _check_no_batch_statistics(model)
+        self.note_buffers()
         self.sums: dict[str, Tensor] = {}
         self.recorded: set[str] = set()
         self.foreign_backward = False
-        self._to_probe = probe
-        self._probing: list[tuple[str, Tensor]] | None = None
+        self._probes_left = _MOST_PROBES if probe else 0
+        self._unseen = {name for name, _ in owners}
+        self._owner_names = {module: name for name, module in owners}
+        self._probing: list[tuple[str, Tensor, Tensor]] | None = None
         self._held: dict[nn.Parameter, HeldGradient] = {}
         self._recording_for: int | None = None
         self._batch: int | None = None
@@ -167,9 +177,8 @@ class GradSampler:
             raise ValueError(f"the model was called with {batch} examples but backward got {self._recording_for} losses: "
                              "give exactly one loss for each example of the model call")
         if self._probing is not None:
-            others = grad_output.unflatten(0, (batch, -1))[:-1] if folded else grad_output[:-1]
-            owned = next(self.names[p] for p in module.parameters(recurse=False) if p in self.names)
-            self._probing.append((owned, others.nan_to_num(0, 0, 0).count_nonzero()))
+            rows = (grad_output.unflatten(0, (batch, -1)) if folded else grad_output).nan_to_num(0, 0, 0)
+            self._probing.append((self._owner_names[module], rows[:-1].count_nonzero(), rows[-1].count_nonzero()))
             return
         if folded:
             inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
@@ -210,7 +219,7 @@ class GradSampler:
         self._held, self._recording_for = {}, len(losses)
         try:
             with torch.autocast(losses.device.type, enabled=False):
-                if self._to_probe and len(losses) > 1 and losses.device.type != "meta":
+                if self._unseen and self._probes_left and len(losses) > 1 and losses.device.type != "meta":
                     self._probe(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self.check_no_grad()
@@ -225,14 +234,15 @@ class GradSampler:
         self._probing = []
         try:
             torch.autograd.backward(losses, only_last, retain_graph=True)
-            reached = [name for name, count in self._probing if count > 0]
+            reached = [name for name, others, _ in self._probing if others > 0]
+            self._unseen -= {name for name, _, own in self._probing if own > 0}
         finally:
             self._probing = None
         if reached:
-            raise ValueError(f"one example's loss reaches other examples' rows in the layer that owns {reached[0]}: examples meet "
-                             "there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
+            raise ValueError(f"one example's loss reaches other examples' rows in the layer {reached[0] or 'of the model'}: examples "
+                             "meet there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
                              "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
-        self._to_probe = False
+        self._probes_left -= 1
 
     def _clip_and_add(self, losses, clip):
         if not self._held:
@@ -256,10 +266,11 @@ class GradSampler:
             return torch.stack([s.to(losses.device) for s in squares]).sum(0)
 
         squared = total([held.norms_squared() for held in self._held.values()])
-        orthogonal = total([held.incoherent_squares() for held in self._held.values()])
+        orthogonal, aligned = (total(bound) for bound in
+                               zip(*(held.squares_without_cancellation() for held in self._held.values())))
         if losses.device.type != "meta" and bool((squared < _CANCELLED * orthogonal).any()):
             squared = total([held.norms_squared(torch.float64) for held in self._held.values()])
-        return squared.sqrt()
+        return torch.maximum(squared.to(aligned.dtype), _ROUNDING * aligned).sqrt()
 
     def _check_losses(self, losses) -> None:
         if not isinstance(losses, Tensor) or losses.dim() != 1:
@@ -278,9 +289,18 @@ class GradSampler:
                                  "layer itself, use private.backward(losses), and clear what is left with "
                                  "optimizer.zero_grad() or parameter.grad = None")
 
+    def note_buffers(self) -> None:
+        """Remembers the state of every buffer; `check_parameters` finds those that a forward pass has written since."""
+        self._buffers = {name: (buffer, buffer._version) for name, buffer in self.model.named_buffers()}
+
     def check_parameters(self) -> None:
-        """The trainable parameters are still those that were there at the start, and none holds a gradient."""
+        """The trainable parameters are those that were there at the start, none holds a gradient, no buffer has changed."""
         self.check_no_grad()
+        if written := [name for name, (buffer, version) in self._buffers.items() if buffer._version != version]:
+            raise ValueError(f"the buffer {written[0]} was written since make_private: what a forward pass keeps of a batch is private "
+                             "data without noise. Remove it, or compute it before make_private")
+        if hooked := [name for p, name in self.names.items() if p._post_accumulate_grad_hooks]:
+            raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
         now = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         if added := [name for p, name in now.items() if p not in self.names]:
             raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "

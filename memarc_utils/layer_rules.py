@@ -161,8 +161,8 @@ class RMSNormRule(LayerNormRule):
 class FunctionRule:
     """A rule that a user registered: a function gives the per-example gradients, autograd the input gradient."""
 
-    def __init__(self, function: Callable) -> None:
-        self.function = function
+    def __init__(self, function: Callable, forward: Callable) -> None:
+        self.function, self.forward = function, forward
 
     @staticmethod
     def inputs(module, *args, **kwargs):
@@ -245,8 +245,10 @@ def _key(module_class: type) -> tuple[str, str]:
 
 def rule_for(module: nn.Module):
     """The rule of this module's exact ``forward``, or None; a forward that was wrapped in another function has none."""
-    forward = type(module).forward
-    return None if hasattr(forward, "__wrapped__") else RULES.get(_key(type(module)))
+    forward, rule = type(module).forward, RULES.get(_key(type(module)))
+    if isinstance(rule, FunctionRule):
+        return rule if rule.forward is forward else None
+    return None if hasattr(forward, "__wrapped__") else rule
 
 
 def register_rule(module_class: type, function: Callable) -> None:
@@ -263,6 +265,6 @@ def register_rule(module_class: type, function: Callable) -> None:
         raise ValueError(f"register_rule takes a class derived from torch.nn.Module, not {module_class!r}")
     if "forward" not in vars(module_class):
         raise ValueError(f"{module_class.__name__} has no forward of its own: register the class that defines it")
-    if isinstance(RULES.get(_key(module_class), FunctionRule(function)), FunctionRule) is False:
+    if not isinstance(RULES.get(_key(module_class)), FunctionRule | None):
         raise ValueError(f"{module_class.__name__} has a built-in rule already: nothing to register")
-    RULES[_key(module_class)] = FunctionRule(function)
+    RULES[_key(module_class)] = FunctionRule(function, module_class.forward)

@@ -1,6 +1,8 @@
 """What a training step takes: peak memory above what was there before, and seconds."""
 
+import contextlib
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -63,7 +65,7 @@ def _peak_on_cuda(step: Callable[[], object]) -> int:
 
 
 def _peak_on_cpu(step: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -71,3 +73,16 @@ def _peak_on_cpu(step: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """The profiler's C++ part reports its start and stop on file descriptor 2, which no Python setting turns off."""
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -167,7 +167,10 @@ def execute(
         errors = [o for o in cell.get("outputs", []) if o.output_type == "error"]
         allowed = "raises-exception" in cell.metadata.get("tags", [])
         if errors and not allowed:
-            raise NotebookError(_failure_text(path, notebook, index, f"{errors[0].ename}: {errors[0].evalue}"))
+            traceback = _ANSI.sub("", "\n".join(errors[0].traceback))
+            line = re.search(rf"Cell In\[{cell.execution_count}\], line (\d+)", traceback)
+            where = f"line {line[1]}: " if line else ""
+            raise NotebookError(_failure_text(path, notebook, index, f"{where}{errors[0].ename}: {errors[0].evalue}"))
         if allowed and not errors:
             raise NotebookError(_failure_text(path, notebook, index, "should raise (raises-exception) and did not"))
     return notebook

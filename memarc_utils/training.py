@@ -73,19 +73,22 @@ def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once:
     return total / (labels != -100).sum(1).clamp_min(1)
 
 
-def parameter_groups(model: nn.Module, learning_rate: float, start_at_zero_rate: float | None = None) -> list[dict]:
-    """Optimizer groups: what starts at zero (an upsample, LoRA's B) and the head may learn at a rate of their own.
+def parameter_groups(model: nn.Module, learning_rate: float, start_at_zero_rate: float | None = None,
+                     head_rate: float | None = None) -> list[dict]:
+    """Optimizer groups: the head, what starts at zero (an upsample, LoRA's B), and the rest, each at its own rate.
 
-    Until those have moved nothing below them has a gradient, only noise; a higher rate for them and a lower one for the
-    rest is what makes private training of a side network work.
+    Until the first two have moved nothing below them has a gradient, only noise; higher rates for them and a lower one
+    for the rest are what makes private training of a side network work.
     """
-    fast, slow = [], []
+    heads = ("classifier.", "pre_classifier.", "score.", "lm_head.")
+    groups = {"head": [], "zero": [], "rest": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            leads = not bool(p.detach().any()) or not any(part in name for part in ("lora_", "downs", "side_blocks", "gates"))
-            (fast if leads else slow).append(p)
-    groups = [{"params": fast, "lr": start_at_zero_rate or learning_rate}, {"params": slow, "lr": learning_rate}]
-    return [group for group in groups if group["params"]]
+            kind = "head" if name.startswith(heads) else "rest" if bool(p.detach().any()) or p.numel() == 1 else "zero"
+            groups[kind].append(p)
+    zero_rate = learning_rate if start_at_zero_rate is None else start_at_zero_rate
+    rates = {"head": zero_rate if head_rate is None else head_rate, "zero": zero_rate, "rest": learning_rate}
+    return [{"params": group, "lr": rates[kind]} for kind, group in groups.items() if group]
 
 
 def _pad_token(model: nn.Module) -> int:

@@ -74,6 +74,13 @@ def test_tiny_is_seeded_and_follows_its_arguments(family):
     assert torch.equal(quiet(**batch).logits, quiet(**batch).logits)  # and the default has none
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_takes_64_tokens_and_pads_as_published(family):
+    model = tiny_backbone(family)
+    assert model.config.pad_token_id == (1 if family == "roberta" else 0)
+    assert model(**make_batch(model, lengths=(64, 2))).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_tie(family):
     tied, untied = tiny_backbone(family, "causal_lm", tie=True), tiny_backbone(family, "causal_lm", tie=False)
@@ -259,6 +266,9 @@ def test_loading_is_silent_and_silences_nothing_else(capfd, caplog):
         with caplog.at_level(logging.WARNING):
             load_backbone("default-encoder")
             assert "LOAD REPORT" not in caplog.text and not caplog.records
+            with backbones._quiet_loading():
+                logging.getLogger("transformers.modeling_utils").warning("a warning about something else")
+            assert "something else" in caplog.text
             transformers.BertForSequenceClassification.from_pretrained(backbones._source("default-encoder"))
             assert "LOAD REPORT" in caplog.text  # the reader's own loading still reports
     finally:
@@ -395,7 +405,9 @@ def test_default_decoder_holds_the_numbers_of_the_file(decoder):
 def test_conversion_happens_once_and_whole(tmp_path, monkeypatch):
     """A stopped conversion leaves nothing, a second call converts nothing (small stand-ins for the slow reading)."""
     torch.manual_seed(0)
-    model, tokenizer, calls = tiny_backbone("llama", "causal_lm", tie=True), load_tokenizer("default-encoder"), []
+    model, calls = tiny_backbone("llama", "causal_lm", vocab_size=30_523, tie=True), []
+    tokenizer = load_tokenizer("default-encoder")
+    model.config.quantization_config = {"quant_method": "gguf"}  # as transformers leaves it after reading a GGUF
     monkeypatch.setenv("MEMARC_ASSETS_DIR", str(backbones._asset(backbones.DECODER_GGUF).parents[1]))
     monkeypatch.setattr(backbones, "REPOSITORY", tmp_path)
     monkeypatch.setattr(backbones.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: calls.append(k) or model)
@@ -414,4 +426,6 @@ def test_conversion_happens_once_and_whole(tmp_path, monkeypatch):
     assert list((tmp_path / "build" / "models").iterdir()) == [folder]
     monkeypatch.undo()
     back = load_backbone(folder, "causal_lm")
+    assert not hasattr(back.config, "quantization_config") and tokenizer.pad_token == "<|endoftext|>"
+    assert back.config.pad_token_id == load_tokenizer(folder).pad_token_id == tokenizer.pad_token_id
     assert all(map(torch.equal, back.state_dict().values(), model.state_dict().values()))

@@ -161,7 +161,7 @@ def folder(tmp_path, monkeypatch):
     rows = [(f"Question number {i} ?", ("HUM", "LOC", "NUM")[i % 3]) for i in range(300)]
     tables = {
         "trec/train.tsv.gz": [
-            *rows, ("Who said \"NA\" 'twice ?", "HUM"), ("NA", "ABBR"), ("Twice, in two splits ?", "LOC"),
+            *rows, ("\"Who said 'NA' ?", "HUM"), ("NA", "ABBR"), ("Twice, in two splits ?", "LOC"),
         ],
         "trec/test.tsv.gz": [("twice in two splits?", "LOC"), ("Only in test ?", "NUM")],
         "sms_spam/all.tsv.gz": [(f"text {i // 2}", "ham" if i % 4 else "spam") for i in range(400)],
@@ -184,7 +184,7 @@ def folder(tmp_path, monkeypatch):
 def test_files_are_read_as_they_are(folder):
     train, validation, test = (load_text_dataset("trec", split) for split in SPLITS)
     texts = set(train["text"]) | set(validation["text"])
-    assert {"Who said \"NA\" 'twice ?", "NA"} <= texts and len(texts) == 302
+    assert {"\"Who said 'NA' ?", "NA"} <= texts and len(texts) == 302
     assert "Twice, in two splits ?" not in texts and list(test["text"]) == ["twice in two splits?", "Only in test ?"]
     assert 5 < len(validation) < 50
     dropped = [dataset_card(part).note for part in (train, validation) if "dropped" in dataset_card(part).note]
@@ -301,6 +301,41 @@ def test_data_on_disk(name):
     if groups:
         sides = [set(part[groups]) for part in parts.values()]
         assert len(set.union(*sides)) == sum(map(len, sides))
+
+
+def share(rows, chosen):
+    """Of the rows that hold for `chosen`, the share with class 1."""
+    labels = [label for *texts, label in rows if chosen(*texts)]
+    return sum(labels) / len(labels)
+
+
+SENTIMENT = [case for case in ON_DISK if case.values[0] in ("sst2", "rt_polarity")]
+
+
+@pytest.mark.parametrize("name", ["film_reviews", *SENTIMENT])
+def test_class_1_is_the_positive_one(name, films):
+    part = films["train"] if name == "film_reviews" else on_disk(name, "train")
+    assert part.features["label"].names[1] in ("positive", "fresh")
+    rows = list(zip(part["text"], part["label"]))
+    assert share(rows, lambda text: "dull" in text or "worst" in text) < 0.2
+    assert share(rows, lambda text: "touching" in text or "wonderful" in text) > 0.8
+
+
+@pytest.mark.needs_data("mrpc")
+@pytest.mark.needs_data("cola")
+def test_class_1_is_equivalent_and_acceptable():
+    part = on_disk("mrpc", "train")
+    rows = list(zip(part["text"], part["text_pair"], part["label"]))
+
+    def overlap(first, second):
+        first, second = set(first.lower().split()), set(second.lower().split())
+        return len(first & second) / len(first | second)
+
+    assert part.features["label"].names == ["not_equivalent", "equivalent"]
+    assert share(rows, lambda *pair: overlap(*pair) > 0.7) > share(rows, lambda *pair: overlap(*pair) < 0.4) + 0.3
+    cola = on_disk("cola", "train")
+    assert cola.features["label"].names == ["unacceptable", "acceptable"]
+    assert 0.65 < share(list(zip(cola["text"], cola["label"])), lambda text: True) < 0.75
 
 
 @pytest.mark.needs_data("e2e")

@@ -4,6 +4,7 @@ Most cases run with a stand-in for Python that makes empty environments and play
 one runs the real pip on a wheel made here. None needs the network.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -26,6 +27,10 @@ case "$*" in
 *"-m venv "*)
     [ "$PLAY" = no-venv ] && { echo "ensurepip is not available"; exit 1; }
     for folder; do :; done
+    if [ "$PLAY" = busy-venv ]; then  # a child of its own writes on, as ensurepip does
+        (n=0; while [ $n -lt 5000 ]; do mkdir -p "$folder/bin/$n"; n=$((n + 1)); done) &
+        wait
+    fi
     mkdir -p "$folder/bin" "$folder/lib/python3.11/site-packages"
     cp "$0" "$folder/bin/python" ;;
 *"-m pip install "*requirements.txt)
@@ -133,22 +138,33 @@ def test_a_failure_is_one_sentence_and_leaves_nothing(checkout, play, said, left
     assert not (checkout / "build/assets/half-installed").exists()
 
 
-@pytest.mark.parametrize("play", ["slow", "slow-assets"])
+@pytest.mark.parametrize("play", ["busy-venv", "slow", "slow-assets"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(checkout, play, number):
     process = subprocess.Popen(
         command(checkout), env=settings(checkout, play), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wanted = 2 if play == "slow" else 3
+    wanted = {"busy-venv": 1, "slow": 2, "slow-assets": 3}[play]
     deadline = time.monotonic() + 30
     while len(calls(checkout)) < wanted and time.monotonic() < deadline:
         time.sleep(0.02)
-    time.sleep(0.2)  # the stand-in now sleeps in pip's place
+    time.sleep(0.2)  # the stand-in is now at work in pip's place
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "Set-up was stopped; nothing half-installed stays behind.\n"
-    assert left_behind(checkout) == ([] if play == "slow" else [".venv"])
+    time.sleep(0.2)  # time enough for a process that was forgotten to write again
+    assert left_behind(checkout) == ([".venv"] if play == "slow-assets" else [])
+
+
+def test_a_second_set_up_waits_for_the_first(checkout):
+    (checkout / "build").mkdir()
+    with open(checkout / "build" / "setup.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(command(checkout), env=settings(checkout, ""), stdout=subprocess.PIPE, text=True)
+        assert second.stdout.readline() == "Another set-up of this checkout is running; waiting for it.\n"
+        assert calls(checkout) == []
+    assert "Set-up is done." in second.communicate(timeout=30)[0]
 
 
 def test_leftovers_without_a_stamp_are_made_anew(checkout):

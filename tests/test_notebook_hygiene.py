@@ -133,6 +133,7 @@ def output_problems(cell):
     tags = cell.metadata.get("tags", [])
     if cell.execution_count is None:
         yield "was not executed; refresh the notebook"
+        return
     kinds = [output.output_type for output in cell.outputs]
     if "error" in kinds and "raises-exception" not in tags:
         yield "shows an error, but is not tagged raises-exception"

@@ -106,7 +106,8 @@ def timeout_of(name):
 
 @pytest.mark.parametrize(("name", "timeout"), [pytest.param(name, timeout_of(name), id=name) for name in NAMES])
 def test_notebook(name, timeout, request, record_property):
-    assert name in CASES, f"{name} has no entry in tests/notebooks.yaml (timeout and parameters)"
+    if name not in CASES:
+        pytest.fail(f"{name} has no entry in tests/notebooks.yaml (timeout and parameters)", pytrace=False)
     output = EXECUTED / f"{name}.ipynb"
     started = time.monotonic()
     try:
@@ -264,7 +265,7 @@ def test_execute_refuses_an_unknown_parameter_before_running(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "said"),
     [
-        (("x = 1\n1 / 0",), "98_small, cell 2 of 3:\n    x = 1\n    1 / 0\nZeroDivisionError: division by zero"),
+        (("x = 1\n1 / 0",), "98_small, cell 2 of 3:\n    x = 1\n    1 / 0\nline 2: ZeroDivisionError: division"),
         (("x = 1", "raises-exception"), "should raise"),
         (("import time\ntime.sleep(60)",), "longer than its timeout of 6 seconds"),
         (("import os\nos._exit(1)",), "lost its kernel"),

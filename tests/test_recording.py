@@ -215,11 +215,12 @@ def test_append_result_mends_a_lost_newline(tmp_path):
 
 def test_append_result_waits_for_another_run_that_is_writing(tmp_path):
     path = tmp_path / "x.csv"
-    other = multiprocessing.get_context("fork").Process(target=append_result, args=(path,), kwargs=ROW)
+    other = multiprocessing.get_context("fork").Process(target=append_result, args=(path,), kwargs=ROW, daemon=True)
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         other.start()
         other.join(timeout=1.0)
         assert other.is_alive() and path.read_text() == ""
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: the other process shares this open file
     other.join(timeout=30)
     assert other.exitcode == 0 and len(rows_of(path)) == 1
