@@ -66,7 +66,8 @@ class PrivateOptimizer:
 
         Args:
             losses: one loss per example of the model call just made. An example may be in one call of a step only: two
-                losses of it are added up before, not sent back one after the other.
+                losses of it are added up before, not sent back one after the other. Leaves outside the model (an input
+                that requires a gradient) get theirs unclipped, as from any backward pass: do not step on them.
 
         Raises:
             ValueError: not one loss per example, or a gradient went past the clipper.

