@@ -1,4 +1,5 @@
-"""Tiny models, padded batches and slow, plain gradients that the engine's tests share. No code of the engine is used here."""
+"""Tiny models, padded batches and slow, plain gradients that the engine's tests share. No code of the engine is used
+here."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +10,9 @@ from memarc_utils.dp_sgd import make_private
 
 # family, task, tied head
 CASES = [("bert", "classification", None), ("roberta", "classification", None), ("distilbert", "classification", None),
-         ("gpt2", "causal_lm", False), ("gpt2", "causal_lm", True), ("gpt2", "classification", None), ("opt", "causal_lm", True),
-         ("opt", "classification", None), ("llama", "causal_lm", False), ("llama", "classification", None)]
+         ("gpt2", "causal_lm", False), ("gpt2", "causal_lm", True), ("gpt2", "classification", None),
+         ("opt", "causal_lm", True), ("opt", "classification", None), ("llama", "causal_lm", False),
+         ("llama", "classification", None)]
 CASE_IDS = ["-".join(str(part) for part in case if part is not None) for case in CASES]
 
 
@@ -32,7 +34,8 @@ def padded_batch(model, task="classification", batch=4, tokens=7, seed=0):
 
 
 def plain_losses(model, batch):
-    """One loss per example by the shortest code: cross-entropy of the class, or the mean over the example's own next tokens."""
+    """One loss per example by the shortest code: cross-entropy of the class, or the mean over the example's own next
+    tokens."""
     labels = batch["labels"]
     logits = model(**{name: t for name, t in batch.items() if name != "labels"}).logits
     if labels.dim() == 1:
@@ -94,7 +97,8 @@ def size(gradient):
 
 
 def plan_for_tests(**changes):
-    settings = dict(dataset_size=1000, expected_batch_size=4, num_steps=50, noise_multiplier=0.0, max_grad_norm=0.1, delta=1e-4)
+    settings = dict(dataset_size=1000, expected_batch_size=4, num_steps=50, noise_multiplier=0.0, max_grad_norm=0.1,
+                    delta=1e-4)
     return PrivacyPlan(**{**settings, **changes})
 
 

@@ -9,7 +9,8 @@ from memarc_utils.adapters import add_lora, select_linear_probe, train_everythin
 from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, private_sgd, shake, tiny
 
 # What trains besides the adapters: the head, unless it is tied to the embeddings.
-HEADS = {"bert": ("bert.pooler.", "classifier."), "roberta": ("classifier.",), "distilbert": ("pre_classifier.", "classifier."),
+HEADS = {"bert": ("bert.pooler.", "classifier."), "roberta": ("classifier.",),
+         "distilbert": ("pre_classifier.", "classifier."),
          "classification": ("score.",), "untied": ("lm_head.",), "tied": ()}
 TARGETS = {"bert": 2, "roberta": 2, "distilbert": 2, "gpt2": 1, "opt": 2, "llama": 2}  # layers a block
 
@@ -70,7 +71,8 @@ def test_lora_refuses_and_leaves_the_model_alone():
             add_lora(model, rank=rank)
     with pytest.raises(ValueError, match="no_such_layer"):
         add_lora(model, target_modules=("no_such_layer",))
-    assert all(p.requires_grad for p in model.parameters()) and not any(isinstance(m, LoraLayer) for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters()) and not any(isinstance(m,
+                                                                                   LoraLayer) for m in model.modules())
     add_lora(model)
     with pytest.raises(ValueError, match="has LoRA layers already: load the backbone anew"):
         add_lora(model)

@@ -407,6 +407,7 @@ def test_conversion_happens_once_and_whole(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model, calls = tiny_backbone("llama", "causal_lm", vocab_size=30_523, tie=True), []
     tokenizer = load_tokenizer("default-encoder")
+    tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)  # the GGUF's vocabulary holds it
     model.config.quantization_config = {"quant_method": "gguf"}  # as transformers leaves it after reading a GGUF
     monkeypatch.setenv("MEMARC_ASSETS_DIR", str(backbones._asset(backbones.DECODER_GGUF).parents[1]))
     monkeypatch.setattr(backbones, "REPOSITORY", tmp_path)

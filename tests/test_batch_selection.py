@@ -32,7 +32,8 @@ class Numbers:
 
 
 def plan_of(dataset_size, expected_batch_size, num_steps=10, **changes):
-    return PrivacyPlan(**{**dict(dataset_size=dataset_size, expected_batch_size=expected_batch_size, num_steps=num_steps,
+    return PrivacyPlan(**{**dict(dataset_size=dataset_size, expected_batch_size=expected_batch_size,
+                                 num_steps=num_steps,
                                  noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5), **changes})
 
 
@@ -46,7 +47,8 @@ def membership(batches, dataset_size):
 
 
 def poisson_p_values(drawn, rate):
-    """Three ways in which batches may fail to be Poisson: how often each example comes, how sizes scatter, what steps share."""
+    """Three ways in which batches may fail to be Poisson: how often each example comes, how sizes scatter, what steps
+    share."""
     steps, size = drawn.shape
     counts = np.bincount(drawn.sum(0).astype(int), minlength=steps + 1)[:steps + 1]
     expected = size * stats.binom.pmf(np.arange(steps + 1), steps, rate)
@@ -77,8 +79,8 @@ def test_poisson_batches_are_poisson():
 
 
 def test_shuffled_batches_are_not():
-    """The same three tests reject what a shuffled loader gives: every example once an epoch, all sizes equal, no example in
-    two consecutive steps."""
+    """The same three tests reject what a shuffled loader gives: every example once an epoch, all sizes equal, no example
+    in two consecutive steps."""
     plan = plan_of(2000, 200, num_steps=100, sampling="shuffled")
     drawn = membership(list(shuffled_batches(Numbers(2000), plan, generator=seeded(1))), 2000)
     assert max(poisson_p_values(drawn, plan.sample_rate)) < 1e-6
@@ -87,7 +89,8 @@ def test_shuffled_batches_are_not():
 
 def test_a_wrong_rate_is_noticed():
     """Poisson at 1.1 q instead of q."""
-    drawn = membership(list(poisson_batches(Numbers(2000), plan_of(2000, 220, num_steps=100), generator=seeded(1))), 2000)
+    drawn = membership(list(poisson_batches(Numbers(2000), plan_of(2000, 220, num_steps=100), generator=seeded(1))),
+                       2000)
     assert min(poisson_p_values(drawn, 0.1)) < 1e-6
 
 
@@ -113,7 +116,8 @@ def test_the_rate_is_the_plans_not_the_datas():
     firsts = [[b.indices for b in poisson_batches(Numbers(n), plan, generator=seeded(5))] for n in (999, 1000, 1001)]
     sizes = [sum(map(len, batches)) / 50 for batches in firsts]
     assert all(abs(size - 100) < 5 for size in sizes)
-    assert [i for i in firsts[0][0] if i < 999] == [i for i in firsts[1][0] if i < 999]  # the same coin for the same example
+    # the same coin for the same example
+    assert [i for i in firsts[0][0] if i < 999] == [i for i in firsts[1][0] if i < 999]
 
 
 def test_every_step_has_a_batch_and_an_empty_one_has_no_micro_batches():
@@ -128,10 +132,12 @@ def test_every_step_has_a_batch_and_an_empty_one_has_no_micro_batches():
 def test_plans_and_samplers_must_agree():
     """Trap 7: 2.63 as Poisson, 11.17 for shuffled batches. A plan answers for one of them only."""
     plan = plan_of(100, 10, delta=1e-3)
-    with pytest.raises(ValueError, match=r"accounts for poisson sampling, these batches are shuffled: its ε would be wrong. Use poisson_batches"):
+    with pytest.raises(ValueError,
+                       match=r"accounts for poisson sampling, these batches are shuffled: its ε would be wrong. Use "
+                             r"poisson_batches"):
         shuffled_batches(Numbers(100), plan)
     shuffled = plan.with_sampling("shuffled")
-    with pytest.raises(ValueError, match='accounts for shuffled sampling, these batches are poisson.*a plan with sampling="poisson"'):
+    with pytest.raises(ValueError, match="accounts for shuffled sampling, these batches are poisson.*a plan with sampling"):
         poisson_batches(Numbers(100), shuffled)
     assert shuffled.epsilon() > plan.epsilon()
     assert len(list(shuffled_batches(Numbers(100), shuffled))) == 10
@@ -143,7 +149,8 @@ def test_bad_arguments_are_refused(sampler, sampling):
     with pytest.raises(ValueError, match="physical_batch_size must be a whole number >= 1, got 0"):
         sampler(Numbers(100), plan, 0)
     for count in (0, 50, 102, 1000):
-        with pytest.raises(ValueError, match=f"the plan is for 100 examples, the data set has {count}: make the plan with"):
+        with pytest.raises(ValueError,
+                           match=f"the plan is for 100 examples, the data set has {count}: make the plan with"):
             sampler(Numbers(count), plan)
     sampler(Numbers(99), plan), sampler(Numbers(101), plan)  # neighbours of the public size
 
@@ -191,17 +198,20 @@ def test_collate_gives_one_row_an_example():
     def windows(rows):
         return {"x": torch.zeros(4 * len(rows), 5)}
 
-    batch = next(iter(poisson_batches(Numbers(60), plan_of(60, 20, delta=1e-3), 3, collate=windows, generator=seeded(12))))
+    batch = next(iter(poisson_batches(Numbers(60), plan_of(60, 20, delta=1e-3), 3, collate=windows,
+                                      generator=seeded(12))))
     with pytest.raises(ValueError, match=r"collate made \[12\] rows of 3 examples: give one row an example"):
         list(batch)
 
 
 def test_datasets_are_read_like_lists():
     """A `datasets.Dataset` gives columns, a list gives rows; texts are left out."""
-    rows = [{"text": "x" * i, "input_ids": list(range(3, 4 + i)), "attention_mask": [1] * (1 + i), "labels": i % 2} for i in range(30)]
+    rows = [{"text": "x" * i, "input_ids": list(range(3, 4 + i)), "attention_mask": [1] * (1 + i),
+             "labels": i % 2} for i in range(30)]
     plan = plan_of(30, 12, num_steps=4, delta=1e-3)
     from_list = [m for b in poisson_batches(rows, plan, 5, generator=seeded(13)) for m in b]
-    from_table = [m for b in poisson_batches(datasets.Dataset.from_list(rows), plan, 5, generator=seeded(13)) for m in b]
+    from_table = [m for b in poisson_batches(datasets.Dataset.from_list(rows), plan, 5,
+                                             generator=seeded(13)) for m in b]
     assert len(from_list) == len(from_table) > 4
     for one, other in zip(from_list, from_table):
         assert one.keys() == other.keys() == {"input_ids", "attention_mask", "labels"}
@@ -238,8 +248,8 @@ HOW = {"all": lambda m: m, "lora": lambda m: add_lora(m, rank=4),
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_no_neighbour_changes_an_examples_loss(case, how):
-    """Invariant 6. Each example's loss is the same alone, without padding, and beside longer neighbours; with the losses of
-    `training` and with those written in the tests."""
+    """Invariant 6. Each example's loss is the same alone, without padding, and beside longer neighbours; with the losses
+    of `training` and with those written in the tests."""
     model = shake(HOW[how](tiny(*case)))
     batch = padded_batch(model, case[1])
     package_losses = classification_losses if case[1] == "classification" else causal_lm_losses

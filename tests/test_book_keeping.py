@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memarc_utils import book_keeping
-from memarc_utils.book_keeping import HeldGradient, lookup_norms_squared, pair_gradient, pair_is_smaller, pair_norms_squared
+from memarc_utils.book_keeping import (HeldGradient, lookup_norms_squared, pair_gradient, pair_is_smaller,
+                                       pair_norms_squared)
 from tests.models import seeded
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -52,13 +53,14 @@ def held_of(dense, pairs, lookups, shape, dense_only=False):
 
 
 shapes = dict(batch=st.integers(1, 4), rows=st.integers(1, 9), columns=st.integers(1, 9), tokens=st.integers(1, 5),
-              num_dense=st.integers(0, 2), num_pairs=st.integers(0, 2), num_lookups=st.integers(0, 2), seed=st.integers(0, 9))
+              num_dense=st.integers(0, 2), num_pairs=st.integers(0, 2), num_lookups=st.integers(0, 2),
+              seed=st.integers(0, 9))
 
 
 @few
 @given(dense_only=st.booleans(), **shapes)
-def test_any_mixture_has_the_norm_and_the_sum_of_its_total(batch, rows, columns, tokens, num_dense, num_pairs, num_lookups,
-                                                           seed, dense_only):
+def test_any_mixture_has_the_norm_and_the_sum_of_its_total(batch, rows, columns, tokens, num_dense, num_pairs,
+                                                           num_lookups, seed, dense_only):
     if num_dense + num_pairs + num_lookups == 0:
         num_dense = 1
     parts = random_contributions(batch, rows, columns, tokens, num_dense, num_pairs, num_lookups, seed)
@@ -75,10 +77,12 @@ def test_any_mixture_has_the_norm_and_the_sum_of_its_total(batch, rows, columns,
 
 @pytest.mark.parametrize("kinds", [(1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 2, 0), (0, 0, 2), (2, 2, 2)])
 def test_cross_terms_count(kinds):
-    """The squared norm of a sum is not the sum of squared norms: without cross terms a tied weight is clipped too little."""
+    """The squared norm of a sum is not the sum of squared norms: without cross terms a tied weight is clipped too
+    little."""
     parts = random_contributions(3, 12, 11, 2, *kinds, seed=5)
     held = held_of(*parts, (12, 11))
-    assert bool(held.pairs) == (kinds[1] > 0) and bool(held.lookups) == (kinds[2] > 0)  # nothing was made dense on the way
+    # nothing was made dense on the way
+    assert bool(held.pairs) == (kinds[1] > 0) and bool(held.lookups) == (kinds[2] > 0)
     want = written_out(*parts, 3, 12, 11).flatten(1).square().sum(1)
     apart = sum(written_out([d], [], [], 3, 12, 11).flatten(1).square().sum(1) for d in parts[0])
     apart += sum(written_out([], [p], [], 3, 12, 11).flatten(1).square().sum(1) for p in parts[1])
@@ -142,10 +146,11 @@ def test_low_precision_is_accumulated_in_float32():
     assert float(total) == 8192.0
 
 
-@pytest.mark.parametrize("kind", ["pair", "lookup", "pair and dense", "lookup and dense", "pair and lookup", "two pairs"])
+@pytest.mark.parametrize("kind",
+                         ["pair", "lookup", "pair and dense", "lookup and dense", "pair and lookup", "two pairs"])
 def test_cancellation_is_noticed_and_measured_in_float64(kind):
     """Two terms of norm ~1e5 cancel to ~1: Gram matrices in float32 know the difference only to ±30, and a norm that is
-    measured as 0 leaves the example unclipped. The sum of squares of the parts tells, and float64 still knows the norm."""
+    measured as 0 leaves the example unclipped. The parts' sum of squares tells, and float64 still knows the norm."""
     generator = seeded(11)
     for _ in range(10):
         left, right = torch.randn(1, 1, 64, generator=generator), torch.randn(1, 1, 64, generator=generator) * 1e3

@@ -1,7 +1,8 @@
 """`dp_sgd`: sensitivity of every family, equality with opacus, noise, what a step refuses, and resuming.
 
-Traps are numbered as in the project's notes on published systems: 1 unwrapped loss, 2 shared weights, 4 noise repeated by a resume,
-5 token mean, 6 non-finite example, 7 shuffle as Poisson, 8 divisor from the data, 9 untrained parameters, 10 options ignored, 11 crashes.
+Traps, each met in a published system: 1 unwrapped loss, 2 shared weights, 4 noise repeated by a resume, 5 token mean,
+6 non-finite example, 7 shuffle as Poisson, 8 divisor from the data, 9 untrained parameters, 10 options ignored,
+11 crashes.
 """
 
 import copy
@@ -23,13 +24,14 @@ from memarc_utils.clipping import CLIPPINGS
 from memarc_utils.dp_sgd import SensitivityReport, make_private, verify_sensitivity
 from memarc_utils.grad_sample import MODES
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from tests.models import (CASE_IDS, CASES, distance, loop_clipped_sum, loop_gradients, loop_norms, padded_batch, plain_losses,
-                          plan_for_tests, private_sgd, rows, seeded, shake, size, tiny, without_shape_check)
+from tests.models import (CASE_IDS, CASES, distance, loop_clipped_sum, loop_gradients, loop_norms, padded_batch,
+                          plain_losses, plan_for_tests, private_sgd, rows, seeded, shake, size, tiny, without_shape_check)
 
 PREPARATIONS = {
     "all": lambda model: model,
     "lora": lambda model: add_lora(model, rank=4),
-    "side attention": lambda model: attach_side_network(model, SideNetworkConfig(reduction=4, block="attention", heads=2)),
+    "side attention": lambda model: attach_side_network(model,
+                                                        SideNetworkConfig(reduction=4, block="attention", heads=2)),
     "side mlp": lambda model: attach_side_network(model, SideNetworkConfig(reduction=4, block="mlp")),
 }
 SETTINGS = [(mode, clipping) for mode in MODES for clipping in CLIPPINGS]
@@ -43,11 +45,13 @@ def prepared(case, how):
 @pytest.mark.parametrize("how", PREPARATIONS)
 @pytest.mark.parametrize("number", range(len(CASES)), ids=CASE_IDS)
 def test_one_example_moves_the_sum_by_at_most_c(number, how):
-    """Every family with everything, LoRA and a side network training; modes and clippings in turn, so every pair occurs."""
+    """Every family with everything, LoRA and a side network training; modes and clippings in turn, so every pair
+    occurs."""
     case = CASES[number]
     mode, clipping = SETTINGS[(number + list(PREPARATIONS).index(how)) % 4]
     model = prepared(case, how)
-    report = verify_sensitivity(model, plain_losses, padded_batch(model, case[1], batch=3), max_grad_norm=0.1, mode=mode, clipping=clipping)
+    report = verify_sensitivity(model, plain_losses, padded_batch(model, case[1], batch=3), max_grad_norm=0.1,
+                                mode=mode, clipping=clipping)
     assert report.max_contribution <= 0.1 * (1 + 1e-4)
     assert report.max_contribution >= 0.05  # or nothing was measured
     assert report.max_relative_error <= 1e-4 and report.max_norm_error <= 1e-4
@@ -58,7 +62,8 @@ def test_one_example_moves_the_sum_by_at_most_c(number, how):
 @pytest.mark.parametrize("mode, clipping", SETTINGS)
 @pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=[CASE_IDS[0], CASE_IDS[4]])
 def test_clipped_sum_against_a_loop_written_here(case, mode, clipping):
-    """The second route of `verify_sensitivity` itself: torch.autograd.grad one example at a time, factors in float64."""
+    """The second route of `verify_sensitivity` itself: torch.autograd.grad one example at a time, factors in float64.
+    """
     model = shake(tiny(*case))
     batch = padded_batch(model, case[1])
     gradients = loop_gradients(model, batch)
@@ -117,9 +122,10 @@ def test_minilm_with_lora_equals_opacus(minilm_lora, mode, max_grad_norm):
     assert len(got) == 26 and distance(got, want) <= 1e-5 * size(want)
 
 
-# ------------------------------------------------------------------------------------- what verify_sensitivity must notice
+# ---------------------------------------------------------------------------------- what verify_sensitivity must notice
 def normalised_over_the_batch(model, batch):
-    """What `outputs.loss` does: a mean over the batch's tokens (times B). A long neighbour makes a short example's loss small."""
+    """What `outputs.loss` does: a mean over the batch's tokens (times B). A long neighbour makes a short example's loss
+    small."""
     targets = (batch["labels"][:, 1:] != -100).sum()
     return plain_losses(model, batch) * (batch["labels"][:, 1:] != -100).sum(1) * len(batch["labels"]) / targets
 
@@ -130,7 +136,8 @@ def one_long_and_many_short():
     batch["attention_mask"][1:, 3:] = 0
     batch["labels"][1:, 3:] = -100
     batch["input_ids"][1:, 3:] = 0
-    batch["input_ids"][2:], batch["labels"][2:] = batch["input_ids"][1:2], batch["labels"][1:2]  # five alike: their changes add up
+    # five alike: their changes add up
+    batch["input_ids"][2:], batch["labels"][2:] = batch["input_ids"][1:2], batch["labels"][1:2]
     return model, batch
 
 
@@ -150,7 +157,8 @@ def test_padding_seen_by_neighbours_is_reported():
 
     def without_mask(model, batch):
         longest = int(batch["attention_mask"].sum(1).max())
-        return F.cross_entropy(model(input_ids=batch["input_ids"][:, :longest]).logits, batch["labels"], reduction="none")
+        return F.cross_entropy(model(input_ids=batch["input_ids"][:, :longest]).logits, batch["labels"],
+                               reduction="none")
 
     report = verify_sensitivity(model, without_mask, batch, max_grad_norm=100.0)
     assert report.max_relative_error > 1e-3 and not report.holds
@@ -183,7 +191,8 @@ def test_an_engine_that_mis_measures_is_caught(monkeypatch):
         patch.setattr(dp_sgd, "clipping_factors", lambda n, *_: torch.ones_like(n))
         assert measured().max_contribution > 0.2
     with monkeypatch.context() as patch:
-        patch.setattr(book_keeping.HeldGradient, "_cross_pair_lookup", staticmethod(lambda pair, *_: torch.zeros(len(pair[0]))))
+        patch.setattr(book_keeping.HeldGradient, "_cross_pair_lookup",
+                      staticmethod(lambda pair, *_: torch.zeros(len(pair[0]))))
         assert measured().max_norm_error > 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(book_keeping.HeldGradient, "add_weighted_sum", lambda self, total, *_: total.fill_(float("nan")))
@@ -338,14 +347,16 @@ def test_non_finite_examples_are_dropped_and_counted():
     assert private.examples_dropped == 2
 
 
-# ------------------------------------------------------------------------------------------------------------------ noise
+# ---------------------------------------------------------------------------------------------------------------- noise
 WIDE = (100, 200)
 
 
 def noise_of_empty_steps(steps=1, noise_multiplier=1.5, max_grad_norm=0.7, expected_batch_size=4, seed=0, first=()):
-    """What `steps` empty batches (after the micro-batches in `first`) add to the parameters, by plain SGD with rate 1."""
+    """What `steps` empty batches (after the micro-batches in `first`) add to the parameters, by plain SGD with rate 1.
+    """
     model = linear(width=WIDE)
-    plan = plan_for_tests(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm, expected_batch_size=expected_batch_size)
+    plan = plan_for_tests(noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+                          expected_batch_size=expected_batch_size)
     private = private_sgd(model, plan, seed=seed)
     moves = []
     for _ in range(steps):
@@ -360,7 +371,8 @@ def noise_of_empty_steps(steps=1, noise_multiplier=1.5, max_grad_norm=0.7, expec
     return moves
 
 
-@pytest.mark.parametrize("first", [[], [x_of(3, width=100)], [x_of(9, width=100), x_of(2, width=100)]], ids=["empty", "3", "9+2"])
+@pytest.mark.parametrize("first", [[], [x_of(3, width=100)], [x_of(9, width=100), x_of(2, width=100)]],
+                         ids=["empty", "3", "9+2"])
 def test_noise_is_gaussian_of_deviation_sigma_c_over_b(first):
     """Kolmogorov-Smirnov against N(0, (σC/B)²), whatever the batch held; 2/3 and 3/2 of it are rejected."""
     [noise] = noise_of_empty_steps(first=first)
@@ -402,7 +414,8 @@ def test_noise_is_seeded_by_the_operating_system_unless_a_generator_is_given():
         model = linear()
         torch.manual_seed(0)  # re-seeding the global generator has no influence
         before = snapshot(model)
-        make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), plan_for_tests(noise_multiplier=1.0), **options).step()
+        make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), plan_for_tests(noise_multiplier=1.0),
+                     **options).step()
         return model.weight - before["weight"]
 
     assert not torch.equal(move(), move())
@@ -417,7 +430,7 @@ def test_noise_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# -------------------------------------------------------------------------------------------------- make_private refuses
+# ------------------------------------------------------------------------------------------------- make_private refuses
 def optimizer_of(model):
     return model, torch.optim.SGD(model.parameters(), lr=1.0)
 
@@ -444,7 +457,8 @@ def test_global_noise_generator_is_refused():
 def test_unseeded_noise_generator_is_warned_of():
     """torch.Generator() always starts from the same published seed: noise that anybody can subtract."""
     assert torch.Generator().initial_seed() == torch.Generator().initial_seed()
-    with pytest.warns(UserWarning, match="noise_generator was never seeded.*Pass None for one seeded by the operating system"):
+    with pytest.warns(UserWarning,
+                      match="noise_generator was never seeded.*Pass None for one seeded by the operating system"):
         make_private(*optimizer_of(linear()), plan_for_tests(), noise_generator=torch.Generator())
 
 
@@ -452,9 +466,11 @@ def test_wrong_optimizers_are_refused():
     model = nn.Sequential(linear(), linear(width=(4, 2)))
     with pytest.raises(ValueError, match="optimizer must be a torch.optim.Optimizer, got str"):
         without_shape_check(dp_sgd._check_optimizer)(model, "sgd")
-    refuse("the optimizer does not hold 1.weight, 1.bias: build it over", model, torch.optim.SGD(model[0].parameters(), lr=1.0))
+    refuse("the optimizer does not hold 1.weight, 1.bias: build it over", model,
+           torch.optim.SGD(model[0].parameters(), lr=1.0))
     stranger = nn.Parameter(torch.ones(()))
-    refuse("holds trainable parameters that are not in the model", model, torch.optim.SGD([*model.parameters(), stranger], lr=1.0))
+    refuse("holds trainable parameters that are not in the model", model,
+           torch.optim.SGD([*model.parameters(), stranger], lr=1.0))
     refuse("LBFGS|closure", model, torch.optim.LBFGS(model.parameters()))
 
 
@@ -483,9 +499,10 @@ def test_a_second_make_private_is_refused_and_the_first_goes_on():
     private_sgd(model).detach()
 
 
-# ---------------------------------------------------------------------------------------- what a step refuses: the leaks
+# --------------------------------------------------------------------------------------- what a step refuses: the leaks
 def test_own_loss_backward_is_refused():
-    """Trap 1: in a published system the step then runs unclipped, 186 instead of 0.04, and ε is reported all the same."""
+    """Trap 1: in a published system the step then runs unclipped, 186 instead of 0.04, and ε is reported all the same.
+    """
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     private = make_private(model, optimizer, plan_for_tests())
@@ -493,7 +510,9 @@ def test_own_loss_backward_is_refused():
     squares(model, x_of(4)).mean().backward()
     optimizer.step()  # the habit of every training loop: there is nothing to step with
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
-    with pytest.raises(ValueError, match="a backward pass other than private.backward .*then private.zero_grad.. and repeat the batch"):
+    with pytest.raises(ValueError,
+                       match="a backward pass other than private.backward .*then private.zero_grad.. and repeat the "
+                             "batch"):
         private.step()
     private.backward(squares(model, x_of(4)))
     with pytest.raises(ValueError, match="a backward pass other than private.backward"):
@@ -578,7 +597,8 @@ def test_adapters_added_later_are_refused():
     model.classifier.requires_grad_(True)
     private = private_sgd(model)
     add_lora(model, rank=2)
-    with pytest.raises(ValueError, match="trainable parameters appeared after make_private: .*lora_A.*Add adapters and move"):
+    with pytest.raises(ValueError,
+                       match="trainable parameters appeared after make_private: .*lora_A.*Add adapters and move"):
         private.backward(plain_losses(model, padded_batch(model)))
         private.step()
 
@@ -587,7 +607,8 @@ def test_parameters_frozen_or_replaced_later_are_refused():
     model = linear()
     private = private_sgd(model)
     model.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="no longer trainable or replaced since make_private: bias. Call private.detach"):
+    with pytest.raises(ValueError,
+                       match="no longer trainable or replaced since make_private: bias. Call private.detach"):
         private.backward(squares(model, x_of(4)))
         private.step()
     model = linear()
@@ -613,7 +634,9 @@ def test_parameter_that_no_loss_reaches_is_refused_by_name():
     private = private_sgd(model, plan_for_tests(noise_multiplier=1.0))
     private.step()
     private.backward(squares(model, x_of(2)))
-    with pytest.raises(ValueError, match="no backward pass reached unused.weight, unused.bias: it would be moved by noise alone. Freeze it"):
+    with pytest.raises(ValueError,
+                       match="no backward pass reached unused.weight, unused.bias: it would be moved by noise alone. "
+                             "Freeze it"):
         private.step()
     assert private.steps_taken == 1
 
@@ -623,7 +646,8 @@ def test_zero_gradients_count_as_trained():
     model = add_lora(tiny("bert"), rank=2)
     private = private_sgd(model)
     private.backward(plain_losses(model, padded_batch(model)))
-    assert float(private.clipped_sum()["bert.encoder.layer.0.attention.self.query.lora_A.default.weight"].abs().sum()) == 0
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert float(private.clipped_sum()[f"{query}.lora_A.default.weight"].abs().sum()) == 0
     private.step()
 
 
@@ -709,11 +733,11 @@ def test_a_copy_of_a_private_model_computes_with_its_own_weights():
     private.step()
 
 
-# ----------------------------------------------------------------------------------------------------------------- resume
+# --------------------------------------------------------------------------------------------------------------- resume
 def examples(count=40):
     generator = seeded(3)
-    return [{"input_ids": torch.randint(3, 101, (3 + i % 4,), generator=generator).tolist(), "attention_mask": [1] * (3 + i % 4),
-             "labels": i % 2} for i in range(count)]
+    return [{"input_ids": torch.randint(3, 101, (3 + i % 4,), generator=generator).tolist(),
+             "attention_mask": [1] * (3 + i % 4), "labels": i % 2} for i in range(count)]
 
 
 RESUME_PLAN = dict(dataset_size=40, expected_batch_size=4, num_steps=6, noise_multiplier=1.0, delta=1e-3)
@@ -738,7 +762,8 @@ def run(model, private, batches, steps):
 
 
 def test_a_run_cut_in_two_is_the_same_run():
-    """Trap 4. Six steps against three, a checkpoint read with weights_only=True, and three more in a process with other seeds."""
+    """Trap 4. Six steps against three, a checkpoint read with weights_only=True, and three more in a process with other
+    seeds."""
     whole_model, whole_private, whole_batches = session(seed=1)
     whole = run(whole_model, whole_private, whole_batches, 6)
 
@@ -824,7 +849,9 @@ def test_states_that_do_not_fit_are_refused():
                          (dict(dataset_size=41), "dataset_size"), (dict(num_steps=7), "num_steps")):
         model, other, batches = session(seed=1, plan=plan_for_tests(**{**RESUME_PLAN, **change}))
         before = snapshot(model)
-        with pytest.raises(ValueError, match=f"the checkpoint belongs to another run: {name} is .* there and .* here. Resume with its own"):
+        with pytest.raises(ValueError,
+                           match=f"the checkpoint belongs to another run: {name} is .* there and .* here. Resume with "
+                                 f"its own"):
             other.load_state_dict(state, batches)
         assert other.steps_taken == 0 and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     _, other, batches = session(seed=1, clipping="automatic")

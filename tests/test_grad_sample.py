@@ -1,4 +1,5 @@
-"""`grad_sample` and `layer_rules`: each layer's per-example gradients against opacus and against a loop, and what is refused."""
+"""`grad_sample` and `layer_rules`: each layer's per-example gradients against opacus and against a loop, and what is
+refused."""
 
 import copy
 
@@ -23,7 +24,8 @@ few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
 def engine_gradients(model, compute_losses, mode="book_keeping"):
-    """Per-example gradients and norms as the engine sees them inside the batch: one backward for each example's factor."""
+    """Per-example gradients and norms as the engine sees them inside the batch: one backward for each example's factor.
+    """
     sampler = GradSampler(model, mode)
     try:
         batch = len(compute_losses(model))
@@ -63,8 +65,8 @@ def test_linear_against_opacus(middle, bias, width):
 
 
 @few
-@given(batch=st.integers(1, 5), middle=st.lists(st.integers(1, 4), max_size=2), columns=st.integers(1, 12), rows=st.integers(1, 12),
-       bias=st.booleans())
+@given(batch=st.integers(1, 5), middle=st.lists(st.integers(1, 4), max_size=2), columns=st.integers(1, 12),
+       rows=st.integers(1, 12), bias=st.booleans())
 def test_linear_of_any_shape_against_a_loop(batch, middle, columns, rows, bias):
     layer, x = nn.Linear(columns, rows, bias=bias), torch.randn(batch, *middle, columns, generator=seeded(1))
     got, norms = engine_gradients(layer, lambda m: m(x).square().flatten(1).sum(1))
@@ -104,10 +106,10 @@ def test_embedding_against_opacus(padding_idx, shape):
         assert got["weight"][:, padding_idx].abs().sum() == 0
 
 
-NORMS = [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.LayerNorm((3, 6)), nn.RMSNorm(6), nn.RMSNorm(6, eps=0.1), nn.RMSNorm((3, 6)),
-         LlamaRMSNorm(6, eps=0.01), T5LayerNorm(6)]
-NORM_IDS = ["LayerNorm", "LayerNorm without bias", "LayerNorm over two axes", "RMSNorm", "RMSNorm eps", "RMSNorm over two axes",
-            "LlamaRMSNorm", "T5LayerNorm"]
+NORMS = [nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.LayerNorm((3, 6)), nn.RMSNorm(6), nn.RMSNorm(6, eps=0.1),
+         nn.RMSNorm((3, 6)), LlamaRMSNorm(6, eps=0.01), T5LayerNorm(6)]
+NORM_IDS = ["LayerNorm", "LayerNorm without bias", "LayerNorm over two axes", "RMSNorm", "RMSNorm eps",
+            "RMSNorm over two axes", "LlamaRMSNorm", "T5LayerNorm"]
 
 
 @pytest.mark.parametrize("layer", NORMS, ids=NORM_IDS)
@@ -120,14 +122,16 @@ def test_norm_of_vectors_against_opacus():
     check_layer_against_opacus(shake(nn.LayerNorm(6), scale=0.3), torch.randn(4, 6, generator=seeded(4)))
 
 
-GRADIENT_CHECKS = [(nn.Linear(6, 5), (3, 2, 6)), (Conv1D(5, 6), (3, 2, 6)), *((layer, (2, 3, 6)) for layer in NORMS[:6])]
+GRADIENT_CHECKS = [(nn.Linear(6, 5), (3, 2, 6)), (Conv1D(5, 6), (3, 2, 6)),
+                   *((layer, (2, 3, 6)) for layer in NORMS[:6])]
 
 
 @pytest.mark.parametrize("layer, shape", GRADIENT_CHECKS, ids=[type(layer).__name__ + str(i) for i, (layer, _) in
                                                                enumerate(GRADIENT_CHECKS)])
 @pytest.mark.parametrize("trains", ["all", "bias only"])
 def test_the_gradient_that_goes_on_down_is_autograds(layer, shape, trains):
-    """What a recorded layer hands to the layers below, in float64, also where only its bias trains and its input is not kept."""
+    """What a recorded layer hands to the layers below, in float64, also where only its bias trains and its input is not
+    kept."""
     layer = shake(copy.deepcopy(layer).double(), scale=0.3)
     if trains == "bias only":
         if getattr(layer, "bias", None) is None:
@@ -153,11 +157,12 @@ def test_only_exact_forwards_have_a_rule():
 
     assert rule_for(Renamed(2, 2)) is rule_for(nn.Linear(2, 2)) is not None
     assert rule_for(Doubled(2, 2)) is None
-    with pytest.raises(ValueError, match=r"no rule for 0.weight, owned by a Doubled. Freeze it .*register_rule\(Doubled"):
+    with pytest.raises(ValueError,
+                       match=r"no rule for 0.weight, owned by a Doubled. Freeze it .*register_rule\(Doubled"):
         GradSampler(nn.Sequential(Doubled(2, 2)))
 
 
-# ----------------------------------------------------------------------------------------- registering a rule of one's own
+# -------------------------------------------------------------------------------------- registering a rule of one's own
 class Scale(nn.Module):
     """A bare elementwise parameter, as gates and mixes have."""
 
@@ -213,7 +218,8 @@ def test_registered_loop_refuses_a_layer_whose_examples_meet(fresh_rules):
     register_rule(MixesExamples, per_example_loop)
     model = MixesExamples()
     sampler = GradSampler(model)
-    with pytest.raises(ValueError, match="gives an example another output alone than in a batch.*Freeze its parameters or replace"):
+    with pytest.raises(ValueError,
+                       match="gives an example another output alone than in a batch.*Freeze its parameters or replace"):
         sampler.backward(model(torch.randn(4, 3, generator=seeded())).square().sum(1), torch.ones_like)
     sampler.detach()
 
@@ -240,7 +246,8 @@ def test_registered_rule_takes_tensors_only(fresh_rules):
     register_rule(Scale, per_example_loop)
     layer = Scale(3)
     sampler = GradSampler(layer)
-    with pytest.raises(ValueError, match="a registered rule takes tensors only.*give a non-tensor argument to the constructor"):
+    with pytest.raises(ValueError,
+                       match="a registered rule takes tensors only.*give a non-tensor argument to the constructor"):
         layer(torch.ones(2, 3), 1.0)
     sampler.detach()
 
@@ -263,7 +270,8 @@ def test_register_rule_refuses(fresh_rules):
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_whole_models_against_a_loop(case, mode):
-    """Every parameter trains: broadcast positions, folded rows, tied heads, biases, norms, padding. The loop has no engine."""
+    """Every parameter trains: broadcast positions, folded rows, tied heads, biases, norms, padding. The loop has no
+    engine."""
     family, task, tie = case
     model = shake(tiny(*case))
     batch = padded_batch(model, task)
@@ -419,7 +427,8 @@ class Prompt(nn.Module):
         return self.head(torch.cat([prompt, self.tokens(ids)], 1).tanh().mean(1))
 
 
-@pytest.mark.parametrize("model_class", [TokensFirst, FoldedTokensFirst, FirstOfPositions, RelativeBias, Descriptions, Prompt])
+@pytest.mark.parametrize("model_class",
+                         [TokensFirst, FoldedTokensFirst, FirstOfPositions, RelativeBias, Descriptions, Prompt])
 def test_rows_that_are_no_examples_are_refused_even_where_their_number_fits(model_class):
     """B = T = 6: every first axis is 6 or 36, and still its rows are not the examples. Never in silence."""
     torch.manual_seed(2)
@@ -435,7 +444,9 @@ def test_rows_that_are_no_examples_are_refused_even_where_their_number_fits(mode
 def test_rows_that_are_no_examples_are_refused_by_name(model_class):
     ids, losses = ids_and_losses(5, 6)
     sampler = GradSampler(model_class())
-    with pytest.raises(ValueError, match=r"cannot tell which example is which in the input of the layer that owns (layer|bias)\.weight"
+    with pytest.raises(ValueError,
+                       match=r"cannot tell which example is which in the input of the layer that owns "
+                             r"(layer|bias)\.weight"
                                          r".*called with 5 examples. Freeze that parameter, or"):
         losses(sampler.model, {"ids": ids})
     sampler.detach()
@@ -488,13 +499,15 @@ def test_losses_that_mix_examples_are_refused(losses):
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False),
                                   nn.InstanceNorm1d(4, track_running_stats=True)], ids=["affine", "bare", "instance"])
 def test_layers_that_mix_examples_are_refused(norm):
-    """Batch statistics: one example moves every other's gradient, and running statistics are private data without noise."""
+    """Batch statistics: one example moves every other's gradient, and running statistics are private data without
+    noise."""
     with pytest.raises(ValueError, match="BatchNorm1d|InstanceNorm1d"):
         GradSampler(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)))
 
 
 def test_examples_of_another_call_are_not_taken_for_this_ones():
-    """After a whole call with six examples the parts are called with one row (cached features): it stays one example."""
+    """After a whole call with six examples the parts are called with one row (cached features): it stays one example.
+    """
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(6, 3, generator=seeded(10))
     sampler = GradSampler(model)
     sampler.backward(model(x).square().sum(1), torch.ones_like)
@@ -509,13 +522,15 @@ def test_examples_of_another_call_are_not_taken_for_this_ones():
 def test_number_of_losses_must_be_the_number_of_examples():
     model, x = nn.Linear(3, 4), torch.randn(6, 3, generator=seeded(11))
     sampler = GradSampler(model)
-    for losses in (lambda: model(x).square().flatten(), lambda: model(x).square().sum(1)[:5], lambda: model(x).square().sum().view(1)):
-        with pytest.raises(ValueError, match=r"called with 6 examples but backward got (24|5|1) losses: give exactly one loss"):
+    for losses in (lambda: model(x).square().flatten(), lambda: model(x).square().sum(1)[:5],
+                   lambda: model(x).square().sum().view(1)):
+        with pytest.raises(ValueError,
+                           match=r"called with 6 examples but backward got (24|5|1) losses: give exactly one loss"):
             sampler.backward(losses(), torch.ones_like)
     sampler.detach()
 
 
-# ------------------------------------------------------------------------------------------- what autograd is allowed to do
+# --------------------------------------------------------------------------------------- what autograd is allowed to do
 def test_autograd_never_writes_grad_of_a_trainable_parameter():
     """Invariant 2, for every family with every parameter trainable, plain and under both kinds of backward."""
     for case in CASES:
@@ -559,9 +574,11 @@ def weight_penalty():
 
 @pytest.mark.parametrize("make", [lambda: (Unwrapped(), lambda m: m(torch.tensor([[1, 2], [3, 4]])).square().sum(1)),
                                   weight_through_attention, unbound_forward, weight_penalty],
-                         ids=["F.linear(h, emb.weight)", "MultiheadAttention.out_proj", "class forward", "weight penalty"])
+                         ids=["F.linear(h, emb.weight)", "MultiheadAttention.out_proj", "class forward",
+                              "weight penalty"])
 def test_a_gradient_past_the_clipper_is_refused(make):
-    """Trap 2: 3.43 C in silence in a published system. Whatever uses a weight outside its layer fills .grad, and is refused."""
+    """Trap 2: 3.43 C in silence in a published system. Whatever uses a weight outside its layer fills .grad, and is
+    refused."""
     model, losses = make()
     sampler = GradSampler(model)
     with pytest.raises(ValueError, match="a gradient reached .*weight.* by a way that the clipper does not see"):
@@ -606,7 +623,8 @@ def test_checkpointing_of_a_transformers_model():
 
 
 def test_frozen_weights_keep_no_input():
-    """A bias alone needs its output gradient only: no activation of the layer is saved for it (DP-BiTFiT, 2210.00036)."""
+    """A bias alone needs its output gradient only: no activation of the layer is saved for it (DP-BiTFiT, 2210.00036).
+    """
     model = nn.Sequential(nn.Linear(6, 50), nn.Linear(50, 6))
     model[0].weight.requires_grad_(False), model[1].weight.requires_grad_(False)
     sampler, kept = GradSampler(model), []
@@ -631,7 +649,8 @@ def test_nothing_is_recorded_without_gradients():
 
 
 def test_the_sums_hold_no_graph_and_memory_does_not_grow_with_micro_batches():
-    """What is kept between micro-batches is one tensor a parameter: a graph behind it would keep every activation alive."""
+    """What is kept between micro-batches is one tensor a parameter: a graph behind it would keep every activation
+    alive."""
     model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40))
     sampler = GradSampler(model)
     norms, _ = sampler.backward(model(torch.ones(3, 2, 40)).square().sum((1, 2)), torch.ones_like)
@@ -657,14 +676,16 @@ def test_mixed_micro_batches_add_up():
 
 # --------------------------------------------------------------------------------------------------------- precision
 def test_autocast_around_forward_and_backward():
-    """Under autocast the layers may run in bfloat16, but norms and sums agree with each other: nobody exceeds the bound."""
+    """Under autocast the layers may run in bfloat16, but norms and sums agree with each other: nobody exceeds the
+    bound."""
     torch.manual_seed(4)
     model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 3 * torch.randn(4, 3, 64, generator=seeded(13))
     sampler = GradSampler(model)
     for i in range(4):
         sampler.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            sampler.backward(model(x).float().square().sum((1, 2)), lambda n: (torch.arange(4) == i) / n.clamp(min=1e-9))
+            sampler.backward(model(x).float().square().sum((1, 2)),
+                             lambda n: (torch.arange(4) == i) / n.clamp(min=1e-9))
         contribution = sum(float(total.double().square().sum()) for total in sampler.sums.values()) ** 0.5
         assert abs(contribution - 1) < 1e-4
     sampler.detach()
@@ -673,7 +694,8 @@ def test_autocast_around_forward_and_backward():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_are_summed_in_float32(dtype):
     torch.manual_seed(5)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype), torch.randn(5, 3, 8, generator=seeded(14)).to(dtype)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype)
+    x = torch.randn(5, 3, 8, generator=seeded(14)).to(dtype)
     sampler = GradSampler(model)
     sampler.backward(model(x).float().square().sum((1, 2)), lambda n: (torch.arange(5) == 2) / n)
     assert {total.dtype for total in sampler.sums.values()} == {torch.float32}
@@ -699,9 +721,11 @@ def test_a_non_finite_example_adds_zero_and_hurts_nobody(bad, mode):
     sampler.detach()
 
 
-@pytest.mark.parametrize("terms, scale", [("two tokens", 1e5), ("many tokens", 1e6), ("many tokens", 1e9), ("tied weights", 1e5)])
+@pytest.mark.parametrize("terms, scale",
+                         [("two tokens", 1e5), ("many tokens", 1e6), ("many tokens", 1e9), ("tied weights", 1e5)])
 def test_cancelling_gradients_stay_within_the_bound(terms, scale):
-    """Token gradients that nearly cancel: a norm that float32 measures as 0 would leave the rest (93 C, 11,150 C) unclipped."""
+    """Token gradients that nearly cancel: a norm that float32 measures as 0 would leave the rest (93 C, 11,150 C)
+    unclipped."""
     worst = 0.0
     for seed in range(30):
         generator = seeded(seed)
@@ -724,20 +748,28 @@ def test_cancelling_gradients_stay_within_the_bound(terms, scale):
     assert worst <= 1.05
 
 
-# ------------------------------------------------------------------------------------------------ refusals before any work
+# --------------------------------------------------------------------------------------------- refusals before any work
 def untouched(model):
     return all("forward" not in vars(m) and not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
 
 
 REFUSED = {
-    "unknown mode": (lambda: nn.Linear(2, 2), dict(mode="ghost"), "mode must be one of book_keeping, per_example, got 'ghost'"),
-    "nothing trains": (lambda: nn.Linear(2, 2).requires_grad_(False), {}, "no parameter of the model has requires_grad=True: choose what to"),
-    "no rule": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1)), {}, r"no rule for 1.weight, owned by a Conv2d. Freeze it"),
-    "bare parameter": (lambda: nn.MultiheadAttention(4, 2), {}, "no rule for in_proj_weight, owned by a MultiheadAttention"),
-    "weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2))), {}, "the rule for Linear does not know 0.weight_g"),
-    "parametrization": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {}, "no rule for parametrizations.weight.original0"),
-    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "the rule for Linear does not know weight_orig"),
-    "max_norm": (lambda: nn.Embedding(3, 2, max_norm=1.0), {}, "weight cannot be clipped: max_norm rescales rows .*set max_norm=None"),
+    "unknown mode": (lambda: nn.Linear(2, 2), dict(mode="ghost"),
+                     "mode must be one of book_keeping, per_example, got 'ghost'"),
+    "nothing trains": (lambda: nn.Linear(2, 2).requires_grad_(False), {},
+                       "no parameter of the model has requires_grad=True: choose what to"),
+    "no rule": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1)), {},
+                r"no rule for 1.weight, owned by a Conv2d. Freeze it"),
+    "bare parameter": (lambda: nn.MultiheadAttention(4, 2), {},
+                       "no rule for in_proj_weight, owned by a MultiheadAttention"),
+    "weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2))), {},
+                    "the rule for Linear does not know 0.weight_g"),
+    "parametrization": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {},
+                        "no rule for parametrizations.weight.original0"),
+    "spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), {},
+                      "the rule for Linear does not know weight_orig"),
+    "max_norm": (lambda: nn.Embedding(3, 2, max_norm=1.0), {},
+                 "weight cannot be clipped: max_norm rescales rows .*set max_norm=None"),
     "scale_grad_by_freq": (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), {}, "set scale_grad_by_freq=False"),
 }
 
@@ -758,7 +790,9 @@ def test_refused_before_anything_is_changed(name):
 def test_replaced_forward_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
     sampler = GradSampler(model)
-    with pytest.raises(ValueError, match=r"the forward of 0, which owns 0.weight, was replaced on the instance \(is the model private already"):
+    with pytest.raises(ValueError,
+                       match=r"the forward of 0, which owns 0.weight, was replaced on the instance \(is the model "
+                             r"private already"):
         GradSampler(model)
     sampler.detach()
     assert untouched(model)
@@ -799,7 +833,8 @@ def test_layers_may_be_called_by_keyword():
     class Keywords(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embedding, self.norm, self.rms, self.head = nn.Embedding(5, 4), nn.LayerNorm(4), LlamaRMSNorm(4), nn.Linear(4, 2)
+            self.embedding, self.norm = nn.Embedding(5, 4), nn.LayerNorm(4)
+            self.rms, self.head = LlamaRMSNorm(4), nn.Linear(4, 2)
 
         def forward(self, ids):
             return self.head(input=self.rms(hidden_states=self.norm(input=self.embedding(input=ids))))

@@ -1,4 +1,5 @@
-"""`side_network`: starts at the pre-trained model, keeps nothing of the backbone, trains what it says, looks where it may."""
+"""`side_network`: starts at the pre-trained model, keeps nothing of the backbone, trains what it says, looks where it
+may."""
 
 import copy
 
@@ -31,7 +32,8 @@ def side_of(model):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_starts_exactly_at_the_pretrained_model(case, block):
-    """The upsample is zero, so not one bit of the output changes; and the same model comes back, with the same signature."""
+    """The upsample is zero, so not one bit of the output changes; and the same model comes back, with the same
+    signature."""
     model = tiny(*case)
     batch = padded_batch(model, case[1])
     with torch.no_grad():
@@ -54,7 +56,8 @@ def test_only_side_and_head_train(case):
     side = side_of(model)
     assert all(not p.requires_grad for p in side.backbone.parameters())
     expected = {"downs", "gates", "side_blocks", "up"}
-    heads = {"bert": {"bert.pooler", "classifier"}, "roberta": {"classifier"}, "distilbert": {"pre_classifier", "classifier"}}.get(
+    heads = {"bert": {"bert.pooler", "classifier"}, "roberta": {"classifier"},
+             "distilbert": {"pre_classifier", "classifier"}}.get(
         case[0], {"score"} if case[1] == "classification" else set() if case[2] else {"lm_head"})
     for name in trainable:
         assert any(f".{part}." in name for part in expected) or any(name.startswith(f"{head}.") for head in heads), name
@@ -79,14 +82,16 @@ def test_nothing_of_the_backbone_is_kept(case, block):
         frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
         attached = []
         for module in side_of(model).backbone.modules():
-            module.register_forward_hook(lambda m, a, out: attached.append(isinstance(out, torch.Tensor) and out.requires_grad))
+            module.register_forward_hook(lambda m, a,
+                                         out: attached.append(isinstance(out, torch.Tensor) and out.requires_grad))
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             plain_losses(model, batch)
         assert attached and not any(attached)
         if case[2] is None or case[2] is False:  # a tied head multiplies by the frozen embedding after the ladder
             assert not [t for t in kept if t.data_ptr() in frozen]
-        activations = {t.data_ptr(): t.numel() for t in kept if not isinstance(t, nn.Parameter) and t.is_floating_point()}
+        activations = {t.data_ptr(): t.numel() for t in kept if not isinstance(t,
+                                                                               nn.Parameter) and t.is_floating_point()}
         saved[layers] = sum(numbers == 4 * 7 * 32 for numbers in activations.values())  # B · T · d
         assert 4 * 7 * 128 not in activations.values()  # the inner width of the backbone's MLP
     assert saved[5] - saved[2] == 3  # one downsample's input for each further layer, nothing else of that width
@@ -96,7 +101,8 @@ def test_saves_less_than_lora():
     def saved_numbers(prepare):
         model = prepare(tiny("bert", hidden=64, layers=4))
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t) is None or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t) is None or t,
+                                                      lambda t: t):
             plain_losses(model, padded_batch(model, batch=4, tokens=20))
         return sum(t.numel() for t in kept.values() if not isinstance(t, nn.Parameter))
 
@@ -121,7 +127,8 @@ def test_backbone_stays_in_evaluation_mode():
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_part_has_the_gradient_of_a_loop(block):
-    """In float64: downsamples, gates, attention, MLP, upsample, pooler and classifier, each with a gradient that is not zero."""
+    """In float64: downsamples, gates, attention, MLP, upsample, pooler and classifier, each with a gradient that is not
+    zero."""
     model = shake(attach_side_network(tiny("bert"), config(block)), scale=0.2).double()
     batch = padded_batch(model)
     want = loop_gradients(model, batch)
@@ -136,7 +143,8 @@ def test_every_part_has_the_gradient_of_a_loop(block):
 
 
 def test_gate_is_the_ladders_formula():
-    """LST: μ = sigmoid(α / 0.1), ½ at the start; and its rule is the derivative of its forward (gradcheck's finite differences)."""
+    """LST: μ = sigmoid(α / 0.1), ½ at the start; and its rule is the derivative of its forward (gradcheck's finite
+    differences)."""
     gate = Gate().double()
     s, z = (torch.randn(3, 4, 5, generator=seeded(k), dtype=torch.float64) for k in (0, 1))
     torch.testing.assert_close(gate(s, z), (s + z) / 2)
@@ -185,7 +193,8 @@ def test_attention_lets_tokens_of_an_example_meet_and_the_mlp_does_not():
     assert moves["attention", True] == [False] * 4 + [True] * 2
 
 
-@pytest.mark.parametrize("every, layers, taps", [(1, 3, [0, 1, 2, 3]), (2, 4, [0, 2, 4]), (2, 3, [0, 1, 3]), (5, 3, [0, 3])])
+@pytest.mark.parametrize("every, layers, taps",
+                         [(1, 3, [0, 1, 2, 3]), (2, 4, [0, 2, 4]), (2, 3, [0, 1, 3]), (5, 3, [0, 3])])
 def test_taps_always_include_the_last_block(every, layers, taps):
     model = attach_side_network(tiny("gpt2", layers=layers), config(every=every))
     side = side_of(model)
@@ -202,7 +211,8 @@ def test_cache_of_earlier_tokens(case):
     """Attention at side width keeps no cache and says so; tokens by themselves (mlp) can be generated one by one."""
     ids = torch.randint(3, 101, (2, 6), generator=seeded(3))
     model = attach_side_network(tiny(*case), config("attention"))
-    with pytest.raises(ValueError, match='keeps no cache of earlier tokens: call with use_cache=False, or take SideNetworkConfig'):
+    with pytest.raises(ValueError,
+                       match='keeps no cache of earlier tokens: call with use_cache=False, or take SideNetworkConfig'):
         model(input_ids=ids, use_cache=True)
     assert model(input_ids=ids).past_key_values is None
     model = shake(attach_side_network(tiny(*case), config("mlp")), scale=0.3)
@@ -210,7 +220,8 @@ def test_cache_of_earlier_tokens(case):
         whole = model(input_ids=ids).logits
         start = model(input_ids=ids[:, :4], use_cache=True)
         mask = torch.ones_like(ids)
-        rest = model(input_ids=ids[:, 4:], past_key_values=start.past_key_values, attention_mask=mask, use_cache=True).logits
+        rest = model(input_ids=ids[:, 4:], past_key_values=start.past_key_values, attention_mask=mask,
+                     use_cache=True).logits
     torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -272,12 +283,14 @@ def test_models_without_a_place_for_it_are_refused():
 def test_mask_must_be_the_tokenizers():
     model = attach_side_network(tiny("bert"), config())
     ids = torch.ones(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"the side attention needs a mask of shape \(batch, tokens\), got \(2, 1, 5, 5\)"):
+    with pytest.raises(ValueError,
+                       match=r"the side attention needs a mask of shape \(batch, tokens\), got \(2, 1, 5, 5\)"):
         model(input_ids=ids, attention_mask=torch.zeros(2, 1, 5, 5))
 
 
 def test_parameter_groups_let_the_upsample_lead():
-    """The head, the upsample that starts at zero, and what has no gradient before those have moved: each at its own rate."""
+    """The head, the upsample that starts at zero, and what has no gradient before those have moved: each at its own
+    rate."""
     model = attach_side_network(tiny("bert"), config())
     names = {p: name for name, p in model.named_parameters()}
     groups = {group["lr"]: {names[p] for p in group["params"]} for group in parameter_groups(model, 1e-3, 1e-2, 1e-1)}

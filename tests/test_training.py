@@ -33,7 +33,8 @@ def separable(count=40):
 
 
 def plan_of(**changes):
-    return PrivacyPlan(**{**dict(dataset_size=40, expected_batch_size=20, num_steps=15, noise_multiplier=0.0, max_grad_norm=1.0,
+    return PrivacyPlan(**{**dict(dataset_size=40, expected_batch_size=20, num_steps=15, noise_multiplier=0.0,
+                                 max_grad_norm=1.0,
                                  delta=1e-3), **changes})
 
 
@@ -95,7 +96,8 @@ def test_causal_losses_without_targets_are_zero():
 def test_chunked_losses_keep_the_promise(case, how):
     """The engine sees the head several times, recomputed during the backward pass."""
     model = tiny(*case, layers=1)
-    model = {"all": lambda m: m, "lora": add_lora, "side": lambda m: attach_side_network(m, SideNetworkConfig(4, heads=2))}[how](model)
+    model = {"all": lambda m: m, "lora": add_lora,
+             "side": lambda m: attach_side_network(m, SideNetworkConfig(4, heads=2))}[how](model)
     report = verify_sensitivity(shake(model), lambda m, b: causal_lm_losses(m, b, tokens_at_once=3),
                                 padded_batch(model, "causal_lm", batch=3), max_grad_norm=0.1)
     assert report.holds, report
@@ -113,13 +115,15 @@ def test_private_training_is_the_loop_of_the_readme():
                                       sampling_generator=seeded(2), noise_generator=seeded(3))
         else:
             private = make_private(model, optimizer, plan, noise_generator=seeded(3))
-            for step, batch in enumerate(poisson_batches(separable(), plan, physical_batch_size=8, generator=seeded(2))):
+            for step, batch in enumerate(poisson_batches(separable(), plan, physical_batch_size=8,
+                                                         generator=seeded(2))):
                 optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / 4)  # the learning rate falls linearly to zero
                 for micro_batch in batch:
                     private.backward(classification_losses(model, micro_batch))
                 private.step()
             private.detach()
-        results.append((torch.cat([p.detach().flatten() for p in model.parameters()]), private.epsilon(), private.steps_taken))
+        results.append((torch.cat([p.detach().flatten() for p in model.parameters()]), private.epsilon(),
+                        private.steps_taken))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert results[0][1:] == results[1][1:] == (plan_of(num_steps=4, noise_multiplier=1.0).epsilon(), 4)
 
@@ -127,7 +131,8 @@ def test_private_training_is_the_loop_of_the_readme():
 @pytest.mark.parametrize("clipping, noise_multiplier", [("flat", 0.0), ("automatic", 0.0), ("flat", 200.0)])
 def test_private_training_learns_without_noise_and_not_with_much(clipping, noise_multiplier):
     model, plan = tiny("bert", hidden=16, layers=1), plan_of(noise_multiplier=noise_multiplier)
-    private = train_privately(model, separable(), plan, torch.optim.AdamW(model.parameters(), lr=0.03), clipping=clipping,
+    private = train_privately(model, separable(), plan, torch.optim.AdamW(model.parameters(), lr=0.03),
+                              clipping=clipping,
                               sampling_generator=seeded(4), noise_generator=seeded(5))
     assert private.steps_taken == 15 and not model.training
     assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
@@ -156,14 +161,16 @@ def test_training_pads_with_the_models_own_token():
         seen.update(batch["input_ids"][batch["attention_mask"] == 0].tolist())
         return classification_losses(model, batch)
 
-    train_privately(model, separable(), plan_of(num_steps=2), torch.optim.SGD(model.parameters(), lr=0.1), spy, sampling_generator=seeded(6))
+    train_privately(model, separable(), plan_of(num_steps=2), torch.optim.SGD(model.parameters(), lr=0.1), spy,
+                    sampling_generator=seeded(6))
     train_without_privacy(model, separable(), torch.optim.SGD(model.parameters(), lr=0.1), spy, num_epochs=1)
     assert seen == {99}
 
 
 def test_plain_training_learns():
     model = tiny("bert", hidden=16, layers=1)
-    returned = train_without_privacy(model, separable(), torch.optim.AdamW(model.parameters(), lr=0.03), batch_size=10, num_epochs=5,
+    returned = train_without_privacy(model, separable(), torch.optim.AdamW(model.parameters(), lr=0.03), batch_size=10,
+                                     num_epochs=5,
                                      generator=seeded(7))
     assert returned is model and not model.training and accuracy(model, separable()) >= 0.95
     assert all(p.grad is None for p in model.parameters())
