@@ -74,9 +74,12 @@ class LogicalBatch:
         for start in range(0, len(rows), self._physical):
             some = rows[start:start + self._physical]
             micro_batch = self._collate(some)
-            if any(isinstance(t, Tensor) and len(t) != len(some) for t in micro_batch.values()):
-                raise ValueError(f"collate made {[len(t) for t in micro_batch.values()]} rows of {len(some)} examples: give one row an "
-                                 "example, or each of an example's rows would be clipped by itself and it would count several times")
+            if not isinstance(micro_batch, dict):
+                raise ValueError(f"collate must return a dict of tensors, got {type(micro_batch).__name__}")
+            shapes = [tuple(t.shape) for t in micro_batch.values() if isinstance(t, Tensor)]
+            if any(shape[:1] != (len(some),) for shape in shapes):
+                raise ValueError(f"collate made tensors of shapes {shapes} of {len(some)} examples: give one row an example, or each "
+                                 "of an example's rows would be clipped by itself and it would count several times")
             yield micro_batch
 
 

@@ -23,7 +23,7 @@ MODES = ("book_keeping", "per_example")
 _CANCELLED = 0.1
 # A norm is never called smaller than float32's rounding of the sum that it is clipped in: this share, squared, of Σ ‖l_t‖‖r_t‖.
 _ROUNDING = 1e-10
-# The probe is repeated until every layer's gradient has been seen (what lies below a zero has none), but not for ever.
+# The probe is repeated, once a step, until every layer's gradient was seen (what lies below a zero has none), not for ever.
 _MOST_PROBES = 8
 
 
@@ -114,6 +114,7 @@ class GradSampler:
         self.recorded: set[str] = set()
         self.foreign_backward = False
         self._probes_left = _MOST_PROBES if probe else 0
+        self._probe_due = True
         self._unseen = {name for name, _ in owners}
         self._owner_names = {module: name for name, module in owners}
         self._probing: list[tuple[str, Tensor, Tensor]] | None = None
@@ -140,6 +141,7 @@ class GradSampler:
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
         self.sums, self._held, self._recording_for, self.foreign_backward = {}, {}, None, False
+        self._probe_due = True
 
     # ---- forward -------------------------------------------------------------------------------------------------
     def _note_batch(self, module, args, kwargs) -> None:
@@ -219,7 +221,8 @@ class GradSampler:
         self._held, self._recording_for = {}, len(losses)
         try:
             with torch.autocast(losses.device.type, enabled=False):
-                if self._unseen and self._probes_left and len(losses) > 1 and losses.device.type != "meta":
+                due = self._unseen and self._probes_left and self._probe_due
+                if due and len(losses) > 1 and losses.device.type != "meta":
                     self._probe(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self.check_no_grad()
@@ -242,7 +245,7 @@ class GradSampler:
             raise ValueError(f"one example's loss reaches other examples' rows in the layer {reached[0] or 'of the model'}: examples "
                              "meet there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
                              "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
-        self._probes_left -= 1
+        self._probes_left, self._probe_due = self._probes_left - 1, False
 
     def _clip_and_add(self, losses, clip):
         if not self._held:

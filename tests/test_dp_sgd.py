@@ -2,7 +2,7 @@
 
 Traps, each met in a published system: 1 unwrapped loss, 2 shared weights, 4 noise repeated by a resume, 5 token mean,
 6 non-finite example, 7 shuffle as Poisson, 8 divisor from the data, 9 untrained parameters, 10 options ignored,
-11 crashes.
+11 crashes. The other tests of the engine use the same numbers.
 """
 
 import copy
@@ -25,7 +25,8 @@ from memarc_utils.dp_sgd import SensitivityReport, make_private, verify_sensitiv
 from memarc_utils.grad_sample import MODES
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from tests.models import (CASE_IDS, CASES, distance, loop_clipped_sum, loop_gradients, loop_norms, padded_batch,
-                          plain_losses, plan_for_tests, private_sgd, rows, seeded, shake, size, tiny, without_shape_check)
+                          plain_losses, plan_for_tests, private_sgd, rows, seeded, shake, size, tiny,
+                          without_shape_check)
 
 PREPARATIONS = {
     "all": lambda model: model,
@@ -327,7 +328,7 @@ def test_low_precision_parameters_are_stepped_in_their_type():
 
 
 def test_non_finite_examples_are_dropped_and_counted():
-    """Trap 6."""
+    """Trap 6: one of them destroys the weights in published systems."""
     model = linear()
     private = private_sgd(model)
     x = x_of(5)
@@ -444,13 +445,13 @@ def refuse(match, model=None, optimizer=None, plan=None, **options):
 
 
 def test_unknown_options_are_refused():
-    """Trap 10."""
+    """Trap 10: an option is implemented or refused, with those that exist."""
     refuse("clipping must be one of flat, automatic", clipping="per-layer")
     refuse("mode must be one of book_keeping, per_example", mode="ghost")
 
 
 def test_global_noise_generator_is_refused():
-    """Trap 15 and invariant 5: everything else that draws from it, or re-seeds it, would know the noise."""
+    """Everything else that draws from it, or re-seeds it, would know the noise."""
     refuse("the noise needs a generator of its own", noise_generator=torch.default_generator)
 
 
@@ -561,9 +562,13 @@ def test_gradient_left_on_a_frozen_parameter_is_not_applied():
     model[0].requires_grad_(False)
     model[1].zero_grad()
     optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), snapshot(model)
-    with pytest.raises(ValueError, match="grad"):
-        private = make_private(model, optimizer, plan_for_tests())
-        private.backward(squares(model, x_of(4)))
+    with pytest.raises(ValueError, match="0.weight still holds a gradient from before.*call optimizer.zero_grad"):
+        make_private(model, optimizer, plan_for_tests())
+    model[0].weight.grad = model[0].bias.grad = None
+    private = make_private(model, optimizer, plan_for_tests())
+    private.backward(squares(model, x_of(4)))
+    model[0].weight.grad = torch.ones(4, 3)  # and one that comes later
+    with pytest.raises(ValueError, match="0.weight"):
         private.step()
     assert torch.equal(model[0].weight, before["0.weight"])
 
@@ -672,6 +677,15 @@ def test_running_statistics_of_private_data_are_refused():
         private.step()
 
 
+def test_hooks_that_step_by_themselves_are_refused():
+    """An optimizer inside the backward pass would use a gradient and clear it before anybody looks."""
+    model = linear()
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="weight has a post-accumulate-grad hook, which could step past the clipper"):
+        private.backward(squares(model, x_of(4)))
+
+
 def test_too_many_steps_are_refused():
     model = linear()
     private = private_sgd(model, plan_for_tests(num_steps=2, noise_multiplier=1.0))
@@ -682,6 +696,24 @@ def test_too_many_steps_are_refused():
         private.step()
     assert torch.equal(model.weight, after["weight"])
     assert private.epsilon() == private.plan.epsilon()
+
+
+def test_an_interrupted_step_is_paid_for():
+    """Whoever stops a run while the optimizer is at work has weights that have moved: the step counts."""
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    private, before = make_private(model, optimizer, plan_for_tests(noise_multiplier=1.0)), snapshot(model)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = optimizer.register_step_post_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        private.step()
+    hook.remove()
+    assert not torch.equal(model.weight, before["weight"])
+    assert private.steps_taken == 1 and private.epsilon() == private.plan.epsilon(num_steps=1)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_stale_and_repeated_graphs_are_refused_by_torch():
@@ -705,7 +737,7 @@ def test_swapped_parameters_are_refused():
     model = linear()
     private = private_sgd(model)
     other = {name: 3 * p for name, p in model.named_parameters()}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="a parameter of Linear was replaced since make_private"):
         private.backward(torch.func.functional_call(model, other, (x_of(4),)).square().sum(1))
 
 

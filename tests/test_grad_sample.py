@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+from memarc_utils.backbones import freeze
 from memarc_utils.grad_sample import MODES, GradSampler
 from memarc_utils.layer_rules import RULES, per_example_loop, register_rule, rule_for
 from tests.models import CASE_IDS, CASES, loop_gradients, loop_norms, padded_batch, plain_losses, seeded, shake, tiny
@@ -305,7 +306,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tokens", [3, 9], ids=["pairs", "dense"])
 def test_shared_weights_are_clipped_as_one(mode, tokens):
-    """Traps 2: tied embedding and head (8.42 C in a published system), a layer used four times (3.22 C)."""
+    """Trap 2: tied embedding and head (8.42 C in a published system), a layer used four times (3.22 C)."""
     torch.manual_seed(0)
     model = Shared().double()
     ids = torch.randint(0, 11, (5, tokens), generator=seeded(7))
@@ -488,7 +489,7 @@ def test_rows_are_looked_at_again_while_no_gradient_has_reached_them(micro_batch
     lambda z: (z - z.mean(0)).square().sum(1),
 ], ids=["in-batch negatives", "mean added", "batch centred"])
 def test_losses_that_mix_examples_are_refused(losses):
-    """Invariant 6: an example's loss whose gradient reaches another example's row."""
+    """An example's loss whose gradient reaches another example's row."""
     model, x = nn.Linear(3, 4), torch.randn(6, 3, generator=seeded(9))
     sampler = GradSampler(model)
     with pytest.raises(ValueError, match="example"):
@@ -501,8 +502,19 @@ def test_losses_that_mix_examples_are_refused(losses):
 def test_layers_that_mix_examples_are_refused(norm):
     """Batch statistics: one example moves every other's gradient, and running statistics are private data without
     noise."""
-    with pytest.raises(ValueError, match="BatchNorm1d|InstanceNorm1d"):
-        GradSampler(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)))
+    with pytest.raises(ValueError, match="1 is a (Batch|Instance)Norm1d: it mixes the examples.*Replace it by"):
+        GradSampler(nn.Sequential(nn.Linear(3, 4), norm.requires_grad_(False), nn.Linear(4, 2)))
+
+
+def test_frozen_batch_norm_is_an_elementwise_layer():
+    """Kept in evaluation mode for good it uses constants: as exact as any other layer."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    model, x = nn.Sequential(nn.Linear(3, 4), freeze(norm), nn.Linear(4, 2)), torch.randn(5, 3, generator=seeded(16))
+    model.train()
+    got, _ = engine_gradients(model, lambda m: m(x).square().sum(1))
+    assert_same(got, loop_gradients(model, {"x": x}, lambda m, one: m(one["x"]).square().sum(1)))
 
 
 def test_examples_of_another_call_are_not_taken_for_this_ones():
@@ -532,7 +544,7 @@ def test_number_of_losses_must_be_the_number_of_examples():
 
 # --------------------------------------------------------------------------------------- what autograd is allowed to do
 def test_autograd_never_writes_grad_of_a_trainable_parameter():
-    """Invariant 2, for every family with every parameter trainable, plain and under both kinds of backward."""
+    """For every family with every parameter trainable, plain and under both kinds of backward."""
     for case in CASES:
         model = tiny(*case)
         batch = padded_batch(model, case[1])
@@ -777,7 +789,7 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_anything_is_changed(name):
-    """Trap 10: an option is implemented or refused; and nothing half-done stays behind."""
+    """Trap 10: a setting is right or refused; and nothing half-done stays behind."""
     make, options, message = REFUSED[name]
     model = make()
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]

@@ -38,8 +38,7 @@ def test_peaks_that_can_be_counted(step, want):
 
 
 def test_what_stood_before_is_not_counted():
-    """5,000 numbers replace 5,000: the new ones are there before... or after the old ones go, never twice as many above
-    the start."""
+    """An edit in place takes nothing; what replaces 5,000 older numbers takes 5,000."""
     standing = torch.ones(10 * KILO)
     assert measure_step(lambda: standing.mul_(2), repeats=1).peak_bytes <= 30
     assert measure_step(kept, repeats=1).peak_bytes == pytest.approx(20_000, abs=30)
@@ -79,8 +78,8 @@ def test_measurements_repeat_exactly():
 
 def test_book_keeping_needs_less_than_per_example_gradients():
     """16 examples of a 128 × 128 weight in three layers: 3.1 MB of gradients against pairs of 4 · 256 numbers."""
-    plain, book_keeping = (measure_step(private_step(mode), repeats=1).peak_bytes for mode in ("per_example",
-                                                                                               "book_keeping"))
+    plain, book_keeping = (measure_step(private_step(mode), repeats=1).peak_bytes
+                           for mode in ("per_example", "book_keeping"))
     assert plain > 3 * 16 * 128 * 128 * 4 and book_keeping < 0.5 * plain
 
 

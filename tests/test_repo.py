@@ -53,7 +53,7 @@ def test_each_folder_holds_its_own_kind():
         ".ci": r"run",
         "notebooks": r"\d\d_\w+\.ipynb",
         "memarc_utils": r"\w+\.py",
-        "data": r"README\.md|assets\.txt|results/\w+\.csv",
+        "data": r"README\.md|assets\.txt|start_here\.png|results/\w+\.csv",
         "tests": r"\w+\.py|notebooks\.yaml|expected/\w+\.json",
     }
     names = [relative(path).split("/", 1) for path in own_files() if path.parent != ROOT]

@@ -73,8 +73,8 @@ def test_only_side_and_head_train(case):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[6], CASES[9]], ids=[CASE_IDS[i] for i in (0, 4, 6, 9)])
 def test_nothing_of_the_backbone_is_kept(case, block):
-    """The memory claim at its root: what autograd saves holds no frozen parameter, no backbone activation has a graph, and of
-    width d only the inputs of the downsamples and of the head remain, whatever the depth."""
+    """The memory claim at its root: what autograd saves holds no frozen parameter, no backbone activation has a graph,
+    and of width d only the inputs of the downsamples and of the head remain, whatever the depth."""
     saved = {}
     for layers in (2, 5):
         model = attach_side_network(tiny(*case, layers=layers), config(block))
@@ -82,16 +82,15 @@ def test_nothing_of_the_backbone_is_kept(case, block):
         frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
         attached = []
         for module in side_of(model).backbone.modules():
-            module.register_forward_hook(lambda m, a,
-                                         out: attached.append(isinstance(out, torch.Tensor) and out.requires_grad))
+            module.register_forward_hook(lambda *call: attached.append(getattr(call[-1], "requires_grad", False)))
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             plain_losses(model, batch)
         assert attached and not any(attached)
         if case[2] is None or case[2] is False:  # a tied head multiplies by the frozen embedding after the ladder
             assert not [t for t in kept if t.data_ptr() in frozen]
-        activations = {t.data_ptr(): t.numel() for t in kept if not isinstance(t,
-                                                                               nn.Parameter) and t.is_floating_point()}
+        kept = [t for t in kept if not isinstance(t, nn.Parameter) and t.is_floating_point()]
+        activations = {t.data_ptr(): t.numel() for t in kept}
         saved[layers] = sum(numbers == 4 * 7 * 32 for numbers in activations.values())  # B · T · d
         assert 4 * 7 * 128 not in activations.values()  # the inner width of the backbone's MLP
     assert saved[5] - saved[2] == 3  # one downsample's input for each further layer, nothing else of that width
@@ -101,8 +100,11 @@ def test_saves_less_than_lora():
     def saved_numbers(prepare):
         model = prepare(tiny("bert", hidden=64, layers=4))
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t) is None or t,
-                                                      lambda t: t):
+        def keep(tensor):
+            kept[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             plain_losses(model, padded_batch(model, batch=4, tokens=20))
         return sum(t.numel() for t in kept.values() if not isinstance(t, nn.Parameter))
 
@@ -296,7 +298,8 @@ def test_parameter_groups_let_the_upsample_lead():
     groups = {group["lr"]: {names[p] for p in group["params"]} for group in parameter_groups(model, 1e-3, 1e-2, 1e-1)}
     assert groups[1e-1] == {"classifier.weight", "classifier.bias"}
     assert "bert.up.weight" in groups[1e-2]
-    assert {name for name in names.values() if "downs" in name or "gates" in name or "qkv.weight" in name} <= groups[1e-3]
+    late = {name for name in names.values() if any(part in name for part in ("downs", "gates", "qkv.weight"))}
+    assert late <= groups[1e-3]
 
 
 def test_a_copy_is_a_model_of_its_own():
