@@ -97,10 +97,10 @@ class PrivateOptimizer:
                     total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
                 self._add_noise(total)
                 parameter.grad = total.div_(self.plan.expected_batch_size).to(parameter.dtype)
+            self.steps_taken += 1  # before the weights move: an interrupted step is paid for
             self.optimizer.step()
         finally:
             self.zero_grad()
-        self.steps_taken += 1
 
     def _check_before_step(self) -> None:
         if self.sampler.foreign_backward:
