@@ -13,7 +13,7 @@ from memarc_utils.adapters import add_lora
 from memarc_utils.batch_selection import pad_rows, poisson_batches, shuffled_batches
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import causal_lm_losses, classification_losses
-from tests.models import CASE_IDS, CASES, cut, padded_batch, plan_for_tests, plain_losses, seeded, shake, tiny
+from tests.models import CASE_IDS, CASES, cut, padded_batch, plain_losses, seeded, shake, tiny
 
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
