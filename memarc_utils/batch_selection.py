@@ -3,7 +3,8 @@
 Poisson sampling: in every step each example is in the batch with probability q = expected_batch_size / dataset_size,
 independently of everything else (Abadi et al. 2016). So the batch size is random, and a batch may be empty: it still
 takes its noise step. Padding is to the right with a mask, each row's own tokens are what they would be alone, so no
-neighbour in a micro-batch changes an example's loss.
+neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`` rank r of R draws for the examples i with
+i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.data_parallel import rank_and_size
 
 # What the padding of a column is filled with; a column that is not named here is padded with 0.
 _PADDING = {"labels": -100}
@@ -114,7 +116,8 @@ class _Batches:
 
     def __iter__(self) -> Iterator[LogicalBatch]:
         while self.steps_drawn < self.plan.num_steps:
-            indices = self._draw()
+            rank, size = rank_and_size()
+            indices = [i for i in self._draw() if i % size == rank]
             self.steps_drawn += 1
             yield LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
 

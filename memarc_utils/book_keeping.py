@@ -12,17 +12,26 @@ arXiv 2110.05679 and 2205.10683; book-keeping 2210.00038; the cross term of tied
 gradient at the looked-up rows.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-# Temporary tensors of the norm rules are cut into slices of at most this many elements (128 MiB in float32).
-_SLICE_ELEMENTS = 2**25
+BOOKKEEPINGS = ("memory", "mixopt")
+# Temporary tensors of the norm rules are cut into slices of at most this many elements (16 MiB in float32).
+_SLICE_ELEMENTS = 2**22
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Norms and sums are accumulated in float32, in float64 if the gradients are float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def holds_data(tensor: Tensor) -> bool:
+    """False for meta and fake tensors, of which only shapes are known: nothing may depend on their values."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def _wide(tensor: Tensor, at_least: torch.dtype = torch.float32) -> Tensor:
@@ -35,12 +44,20 @@ def _slices(batch: int, elements_per_example: int):
         yield slice(start, min(batch, start + step))
 
 
-def pair_is_smaller(rows: int, columns: int, tokens: int) -> bool:
-    """Whether the pair (T·(rows + columns) numbers an example) is smaller than the gradient (rows·columns).
+def keep_pair(rows: int, columns: int, tokens: int, bookkeeping: str = "memory") -> bool:
+    """Whether a matrix product's record is held as the pair (left, right), or as the per-example gradient.
 
-    >>> pair_is_smaller(8, 1024, 128), pair_is_smaller(1024, 1024, 128)
+    ``memory``: whichever has fewer numbers an example, T·(rows + columns) against rows·columns. The operations of the
+    norm compare in the same way, T²·(rows + columns) by Gram matrices against T·rows·columns, so one rule serves both.
+    ``mixopt``: the rule of BK-MixOpt (2210.00038, section 3.2), the pair where 2T² <= rows·columns.
+
+    >>> keep_pair(8, 1024, 128), keep_pair(1024, 1024, 128)
+    (False, True)
+    >>> keep_pair(64, 1024, 128), keep_pair(64, 1024, 128, "mixopt")  # T·(rows + columns) is twice rows·columns
     (False, True)
     """
+    if bookkeeping == "mixopt":
+        return 2 * tokens * tokens <= rows * columns
     return tokens * (rows + columns) <= rows * columns
 
 
@@ -50,35 +67,69 @@ def pair_gradient(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor,
     return torch.bmm(_wide(left).transpose(1, 2), _wide(right))
 
 
-def pair_norms_squared(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"],
-                       precision: torch.dtype = torch.float32) -> Float[Tensor, " batch"]:
-    """``‖left_iᵀ right_i‖²``, by Gram matrices (``Σ_st (l_s·l_t)(r_s·r_t)``, T²(rows+columns) operations) or by the
+class Squares(NamedTuple):
+    """Squared norms and what they would be without cancellation, each (B,).
+
+    With ``w_t = ‖l_t‖ ‖r_t‖`` the size of one token's contribution: ``orthogonal = Σ_t w_t²`` is the squared norm if the
+    contributions stood at right angles, ``aligned = Σ_t w_t`` the norm if all pointed one way. A norm far below the first
+    came out of cancellation, where float32 has lost digits; one below 1e-5 of the second cannot be told from rounding.
+    """
+
+    squared: Tensor
+    orthogonal: Tensor
+    aligned: Tensor
+
+
+def _squares(gram: Float[Tensor, "batch tokens tokens"]) -> Squares:
+    """From the Gram matrix of the tokens' contributions, whose diagonal holds the w_t²."""
+    diagonal = gram.diagonal(dim1=1, dim2=2).clamp_min(0)
+    return Squares(gram.sum((1, 2)), diagonal.sum(1), diagonal.sqrt().sum(1))
+
+
+def _joined(parts: list[Squares]) -> Squares:
+    return parts[0] if len(parts) == 1 else Squares(*(torch.cat(column) for column in zip(*parts)))
+
+
+def pair_squares(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"],
+                 precision: torch.dtype = torch.float32) -> Squares:
+    """Of ``‖left_iᵀ right_i‖²``, by Gram matrices (``Σ_st (l_s·l_t)(r_s·r_t)``, T²(rows+columns) operations) or by the
     gradient itself (T·rows·columns), whichever costs less; neither keeps more than a slice of examples at a time."""
-    batch, tokens, rows = left.shape
-    columns = right.shape[2]
-    ghost = tokens * (rows + columns) <= rows * columns
+    (batch, tokens, rows), columns = left.shape, right.shape[2]
+    ghost = keep_pair(rows, columns, tokens)
     parts = []
     for part in _slices(batch, 2 * tokens * tokens if ghost else rows * columns):
         left_part, right_part = _wide(left[part], precision), _wide(right[part], precision)
         if ghost:
-            gram_left = torch.bmm(left_part, left_part.transpose(1, 2))
-            gram_right = torch.bmm(right_part, right_part.transpose(1, 2))
-            parts.append(gram_left.mul_(gram_right).sum((1, 2)))
+            gram = torch.bmm(left_part, left_part.transpose(1, 2))
+            parts.append(_squares(gram.mul_(torch.bmm(right_part, right_part.transpose(1, 2)))))
         else:
-            parts.append(pair_gradient(left_part, right_part).square_().sum((1, 2)))
-    return torch.cat(parts).clamp_min_(0)
+            w = torch.linalg.vector_norm(left_part, dim=2) * torch.linalg.vector_norm(right_part, dim=2)
+            squared = pair_gradient(left_part, right_part).square_().sum((1, 2))
+            parts.append(Squares(squared, w.square().sum(1), w.sum(1)))
+    return _joined(parts)
 
 
-def lookup_norms_squared(indices: Int[Tensor, "batch tokens"], values: Float[Tensor, "batch tokens columns"],
-                         precision: torch.dtype = torch.float32) -> Float[Tensor, " batch"]:
-    """``Σ_st 1[x_s = x_t] ⟨v_s, v_t⟩`` per example."""
+def lookup_squares(indices: Int[Tensor, "batch tokens"], values: Float[Tensor, "batch tokens columns"],
+                   precision: torch.dtype = torch.float32) -> Squares:
+    """Of ``Σ_st 1[x_s = x_t] ⟨v_s, v_t⟩`` per example."""
     parts = []
     for part in _slices(len(indices), 2 * indices.shape[1] ** 2):
         wide = _wide(values[part], precision)
         gram = torch.bmm(wide, wide.transpose(1, 2))
-        same = indices[part, :, None] == indices[part, None, :]
-        parts.append((gram * same).sum((1, 2)))
-    return torch.cat(parts).clamp_min_(0)
+        parts.append(_squares(gram.mul_(indices[part, :, None] == indices[part, None, :])))
+    return _joined(parts)
+
+
+def pair_norms_squared(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"],
+                       precision: torch.dtype = torch.float32) -> Float[Tensor, " batch"]:
+    """``‖left_iᵀ right_i‖²`` per example: the ghost norm of a matrix product's weight."""
+    return pair_squares(left, right, precision).squared.clamp_min(0)
+
+
+def lookup_norms_squared(indices: Int[Tensor, "batch tokens"], values: Float[Tensor, "batch tokens columns"],
+                         precision: torch.dtype = torch.float32) -> Float[Tensor, " batch"]:
+    """``Σ_st 1[x_s = x_t] ⟨v_s, v_t⟩`` per example: the ghost norm of an embedding's weight."""
+    return lookup_squares(indices, values, precision).squared.clamp_min(0)
 
 
 class HeldGradient:
@@ -86,12 +137,12 @@ class HeldGradient:
 
     Args:
         shape: the parameter's shape.
+        bookkeeping: what is held of a matrix product, see `keep_pair`.
         dense_only: keep per-example gradients whatever they cost (the reference mode).
     """
 
-    def __init__(self, shape: torch.Size, dense_only: bool = False) -> None:
-        self.shape = shape
-        self.dense_only = dense_only
+    def __init__(self, shape: torch.Size, bookkeeping: str = "memory", dense_only: bool = False) -> None:
+        self.shape, self.bookkeeping, self.dense_only = shape, bookkeeping, dense_only
         self.dense: Tensor | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.lookups: list[tuple[Tensor, Tensor]] = []
@@ -101,14 +152,15 @@ class HeldGradient:
         self.dense = gradients if self.dense is None else self.dense + gradients
 
     def add_pair(self, left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"]) -> None:
-        """Holds the pair or its gradient, whichever has fewer numbers: T·(rows + columns) against rows·columns."""
-        if self.dense_only or not pair_is_smaller(left.shape[2], right.shape[2], left.shape[1]):
+        """Holds the pair or its gradient, as `keep_pair` says."""
+        if self.dense_only or not keep_pair(left.shape[2], right.shape[2], left.shape[1], self.bookkeeping):
             self.add_dense(pair_gradient(left, right))
         else:
             self.pairs.append((left, right))
 
     def add_lookup(self, indices: Int[Tensor, "batch tokens"], values: Float[Tensor, "batch tokens columns"]) -> None:
-        if self.dense_only:
+        """Holds the looked-up rows' gradients, or the whole table's where that is smaller (token types, relative positions)."""
+        if self.dense_only or self.shape.numel() <= indices.shape[1] * (self.shape[1] + 1):
             dense = torch.zeros(len(indices), *self.shape, dtype=accumulation_dtype(values.dtype), device=values.device)
             self.add_dense(dense.scatter_add_(1, indices[..., None].expand_as(values), _wide(values)))
         else:
@@ -121,42 +173,33 @@ class HeldGradient:
                 kind[:] = [(torch.cat([first for first, _ in kind], 1), torch.cat([second for _, second in kind], 1))]
         return (self.pairs or [None])[0], (self.lookups or [None])[0]
 
-    def numbers_held(self) -> int:
-        """How many numbers are held (index tensors counted too)."""
-        tensors = [t for couple in self.pairs + self.lookups for t in couple]
-        return sum(t.numel() for t in tensors) + (0 if self.dense is None else self.dense.numel())
+    def tensors(self) -> list[Tensor]:
+        """What is held. A layer's input may stand in several records (query, key and value read the same one)."""
+        return [t for couple in self.pairs + self.lookups for t in couple] + ([] if self.dense is None else [self.dense])
 
-    def norms_squared(self, precision: torch.dtype = torch.float32) -> Float[Tensor, " batch"]:
+    def squares(self, precision: torch.dtype = torch.float32) -> Squares:
         """Squared norm of each example's whole gradient of this parameter, with all cross terms."""
         pair, lookup = self._merge()
         dense = None if self.dense is None else self.dense.to(torch.promote_types(self.dense.dtype, precision))
-        total = 0
+        parts = []
         if dense is not None:
-            total = total + dense.flatten(1).square().sum(1)
+            norms = torch.linalg.vector_norm(dense.flatten(1), dim=1)
+            parts.append(Squares(norms.square(), norms.square(), norms))
         if pair is not None:
-            total = total + pair_norms_squared(*pair, precision)
+            parts.append(pair_squares(*pair, precision))
         if lookup is not None:
-            total = total + lookup_norms_squared(*lookup, precision)
+            parts.append(lookup_squares(*lookup, precision))
+        squared, orthogonal, aligned = (sum(column) for column in zip(*parts))
         if pair is not None and lookup is not None:
-            total = total + 2 * self._cross_pair_lookup(pair, lookup, precision)
+            squared = squared + 2 * self._cross_pair_lookup(pair, lookup, precision)
         if dense is not None and pair is not None:
             left, right = (_wide(t, precision) for t in pair)
-            total = total + 2 * (torch.bmm(left, dense) * right).sum((1, 2))
+            squared = squared + 2 * (torch.bmm(left, dense) * right).sum((1, 2))
         if dense is not None and lookup is not None:
             indices, values = lookup
             rows = dense.gather(1, indices[..., None].expand(-1, -1, self.shape[1]))
-            total = total + 2 * (rows * _wide(values, precision)).sum((1, 2))
-        return total.clamp_min(0)
-
-    def squares_without_cancellation(self) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
-        """What the squared norm would be if the tokens' contributions were orthogonal, ``Σ_t w_t²``, and if they all
-        pointed one way, ``(Σ_t w_t)²``, with ``w_t = ‖l_t‖ ‖r_t‖``. A norm far below the first came out of cancellation,
-        where float32 has lost digits; below 1e-5 of the second, float32 cannot tell it from rounding."""
-        sizes = [] if self.dense is None else [self.dense.flatten(1).square().sum(1, keepdim=True).sqrt()]
-        sizes += [(_wide(left).square().sum(2) * _wide(right).square().sum(2)).sqrt() for left, right in self.pairs]
-        sizes += [_wide(values).square().sum(2).sqrt() for _, values in self.lookups]
-        w = torch.cat(sizes, 1)
-        return w.square().sum(1), w.sum(1).square()
+            squared = squared + 2 * (rows * _wide(values, precision)).sum((1, 2))
+        return Squares(squared, orthogonal, aligned)
 
     @staticmethod
     def _cross_pair_lookup(pair: tuple[Tensor, Tensor], lookup: tuple[Tensor, Tensor], precision: torch.dtype
@@ -170,19 +213,24 @@ class HeldGradient:
             parts.append((products * picked).sum((1, 2)))
         return torch.cat(parts)
 
-    def add_weighted_sum(self, total: Float[Tensor, "..."], factors: Float[Tensor, " batch"], keep: Bool[Tensor, " batch"]
-                         ) -> None:
-        """Adds ``Σ_i factors_i · gradient_i`` to ``total`` in place; examples outside ``keep`` add exactly nothing,
-        even where their numbers are not finite (0·inf would be nan, so they are overwritten and not multiplied)."""
+    def add_weighted_sum(self, total: Float[Tensor, "..."], factors: Float[Tensor, " batch"],
+                         keep: Bool[Tensor, " batch"] | None = None) -> None:
+        """Adds ``Σ_i factors_i · gradient_i`` to ``total`` in place; examples outside ``keep`` (None: all are in) add
+        exactly nothing, even where their numbers are not finite (0·inf would be nan, so they are overwritten)."""
         factors = factors.to(total.dtype)
+
+        def kept(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(total.dtype)
+            return tensor if keep is None else tensor.masked_fill(~keep.view(-1, *[1] * (tensor.dim() - 1)), 0)
+
         if self.dense is not None:
-            dense = self.dense.flatten(1).masked_fill(~keep[:, None], 0).to(total.dtype)
-            total += (factors @ dense).view_as(total)
-        weight, mask = factors[:, None, None], ~keep[:, None, None]
+            total += (factors @ kept(self.dense.flatten(1))).view_as(total)
         for left, right in self.pairs:
-            left = (left.to(total.dtype) * weight).masked_fill_(mask, 0)
-            right = right.to(total.dtype).masked_fill(mask, 0)
+            left, right = kept(left), kept(right)
+            if left.shape[2] <= right.shape[2]:  # the smaller one is copied
+                left = left * factors[:, None, None]
+            else:
+                right = right * factors[:, None, None]
             total.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
         for indices, values in self.lookups:
-            values = (values.to(total.dtype) * weight).masked_fill_(mask, 0)
-            total.index_add_(0, indices.flatten(), values.flatten(0, 1))
+            total.index_add_(0, indices.flatten(), (kept(values) * factors[:, None, None]).flatten(0, 1))

@@ -7,6 +7,7 @@ weights, nothing is captured where gradients are off, a layer used twice records
 tensors by ``save_for_backward`` it works under activation checkpointing.
 """
 
+import collections
 import copy
 import functools
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memarc_utils.book_keeping import HeldGradient, accumulation_dtype
-from memarc_utils.layer_rules import EmbeddingRule, FunctionRule, OPTPositionRule, rule_for
+from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, accumulation_dtype, holds_data
+from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
+from memarc_utils.model_checks import check_losses, check_no_batch_statistics, check_owner
 
 MODES = ("book_keeping", "per_example")
 # A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
@@ -37,9 +39,11 @@ class _RecordedLayer(torch.autograd.Function):
         ctx.num_inputs = num_inputs
         kept = tensors if rule.needs_inputs(module) else tensors[num_inputs:]
         ctx.save_for_backward(*kept)  # the parameters too: autograd then notices if one was changed in between
-        if rule is OPTPositionRule:
-            return nn.Embedding.forward(module, *inputs)
-        return type(module).forward(module, *inputs)
+        output = (nn.Embedding if rule is OPTPositionRule else type(module)).forward(module, *inputs)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"a layer that trains must return one tensor; {type(module).__name__} returned a {type(output).__name__}: "
+                             "freeze its own parameters, or move them into a layer of their own")
+        return output
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -56,11 +60,12 @@ class _RecordedLayer(torch.autograd.Function):
 class _RecordingForward:
     """Stands in for a layer's forward. A copy of the model (deepcopy, pickle) gets the plain forward of the copied layer."""
 
-    def __init__(self, sampler: "GradSampler", module: nn.Module) -> None:
-        self.sampler, self.module, self.rule = sampler, module, rule_for(module)
+    def __init__(self, sampler: "GradSampler", module: nn.Module, rule) -> None:
+        self.sampler, self.module, self.rule = sampler, module, rule
 
     def __call__(self, *args, **kwargs):
         module, rule = self.module, self.rule
+        self.sampler.count_call(module)
         if not torch.is_grad_enabled():
             return type(module).forward(module, *args, **kwargs)
         inputs, batch, folded = self.sampler.with_batch_axis(module, rule.inputs(module, *args, **kwargs))
@@ -83,75 +88,107 @@ class GradSampler:
     Args:
         model: trainable parameters are those with ``requires_grad``; each must be owned by a layer that has a rule.
         mode: ``book_keeping``, or ``per_example`` which holds every per-example gradient (the plain reference).
+        bookkeeping: what is held of a matrix product: ``memory`` the smaller form, ``mixopt`` by the rule of BK-MixOpt.
+        per_layer: clip each layer's gradient by itself, inside the backward pass. A layer is dropped as soon as its last
+            use was seen, so nothing piles up over depth. Layers that share a parameter are one group.
         probe: at the first backward of at least two examples, send only the last one's loss back and demand that it
             reaches no other example's row anywhere; again until every layer was seen. So layers whose rows are no examples,
             whatever their number, and losses that mix examples, raise.
 
     Attributes:
         names: trainable parameter to its (first) name in the model.
+        num_groups: how many groups are clipped apart (1 unless ``per_layer``).
         sums: name to clipped sum over all backward passes since `clear`, float32 or wider.
         recorded: names that some non-empty backward pass recorded.
+        held_bytes: name to the bytes that were held for it in the last backward pass. A layer input that several layers
+            read counts for each of them.
 
     Raises:
-        ValueError: no trainable parameter, unknown mode, or a parameter that no rule covers; nothing is changed then.
+        ValueError: no trainable parameter, an unknown option, or a parameter that no rule covers; nothing is changed then.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "book_keeping", probe: bool = True) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        self.model, self.mode = model, mode
+    def __init__(self, model: nn.Module, mode: str = "book_keeping", bookkeeping: str = "memory", per_layer: bool = False,
+                 probe: bool = True) -> None:
+        for name, value, known in (("mode", mode, MODES), ("bookkeeping", bookkeeping, BOOKKEEPINGS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        self.model, self.mode, self.bookkeeping, self.per_layer = model, mode, bookkeeping, per_layer
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self.names:
             raise ValueError("no parameter of the model has requires_grad=True: choose what to train first, for instance "
                              "with add_lora or attach_side_network")
         owners = [(name, module) for name, module in model.named_modules()
                   if any(p.requires_grad for p in module.parameters(recurse=False))]
-        for name, module in owners:
-            _check_owner(name, module)
-        _check_no_batch_statistics(model)
+        rules = [check_owner(name, module) for name, module in owners]
+        check_no_batch_statistics(model)
         self.note_buffers()
+        self._groups = _groups([module for _, module in owners])
+        if not per_layer:  # clipped together
+            self._groups = dict.fromkeys(self._groups, 0)
+        self.num_groups = len(set(self._groups.values()))
         self.sums: dict[str, Tensor] = {}
         self.recorded: set[str] = set()
-        self.foreign_backward = False
+        self.held_bytes: dict[str, int] = {}
+        self.foreign_backward = self.half_done = False
         self._probes_left = _MOST_PROBES if probe else 0
         self._probe_due = True
         self._unseen = {name for name, _ in owners}
         self._owner_names = {module: name for name, module in owners}
-        self._probing: list[tuple[str, Tensor, Tensor]] | None = None
-        self._held: dict[nn.Parameter, HeldGradient] = {}
-        self._recording_for: int | None = None
         self._batch: int | None = None
         self._tokens: int | None = None
+        self._counting = True
+        self._forget_backward()
         self._owners = [module for _, module in owners]
-        for module in self._owners:
-            module.forward = _RecordingForward(self, module)
+        for module, rule in zip(self._owners, rules):
+            module.forward = _RecordingForward(self, module, rule)
+        self._biases = [module for module in model.modules() if has_relative_bias(module)]
+        for module in self._biases:
+            module.compute_bias = RelativeBias(module, lambda: self._recording_for or self._batch)
         # The model and, where a loss calls its base module directly, that one: both see the batch first.
         entries = {model, *(m for m in model.modules() if hasattr(m, "get_input_embeddings"))}
         self._hooks = [entry.register_forward_pre_hook(self._note_batch, with_kwargs=True) for entry in entries]
+
+    def _forget_backward(self) -> None:
+        """The state of one forward and backward pass."""
+        self._held: dict[nn.Parameter, HeldGradient] = {}
+        self._recording_for: int | None = None
+        self._probing: list[tuple[str, Tensor, Tensor]] | None = None
+        self._calls: dict[int, int] = collections.defaultdict(int)
+        self._clipped_groups: set[int] = set()
 
     def detach(self) -> None:
         """Gives the plain model back: forwards restored, nothing left on the modules."""
         for module in self._owners:
             module.__dict__.pop("forward", None)
+        for module in self._biases:
+            module.__dict__.pop("compute_bias", None)
         for hook in self._hooks:
             hook.remove()
-        self._owners, self._hooks = [], []
+        self._owners, self._biases, self._hooks = [], [], []
         self.clear()
 
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
-        self.sums, self._held, self._recording_for, self.foreign_backward = {}, {}, None, False
-        self._probe_due = True
+        self.sums, self.foreign_backward, self.half_done, self._probe_due = {}, False, False, True
+        self._forget_backward()
 
     # ---- forward -------------------------------------------------------------------------------------------------
     def _note_batch(self, module, args, kwargs) -> None:
         """B and T come from the model call: the first of input_ids, inputs_embeds, or any tensor."""
         if not torch.is_grad_enabled():
+            self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
+        self._counting = True
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:
             self._batch, self._tokens = lead.shape[0], lead.shape[1] if lead.dim() > 1 else None
+
+    def count_call(self, module: nn.Module) -> None:
+        """How often a group is used before the backward pass tells when its last record has come. A reentrant checkpoint
+        runs its part without gradients first; what is recomputed during the backward pass is no new use."""
+        if self.per_layer and self._counting and self._recording_for is None:
+            self._calls[self._groups[module]] += 1
 
     def with_batch_axis(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, bool]:
         """Makes the first axis the batch: positions that come as (1, T) are expanded, rows folded to B·T are noted."""
@@ -185,10 +222,15 @@ class GradSampler:
         if folded:
             inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
             grad_output = grad_output.unflatten(0, (batch, -1))
-        parameters = dict(module.named_parameters(recurse=False))
+        parameters, group = dict(module.named_parameters(recurse=False)), self._groups[module]
+        if group in self._clipped_groups:
+            raise ValueError(f"the layer {self._owner_names[module]} was used again after its gradient was clipped by itself, which "
+                             'would let an example in twice. Call the model inside the loss only, or take clipping="flat"')
         for name, kind, tensors in rule.record(module, inputs, grad_output):
             parameter = parameters[name]
-            held = self._held.setdefault(parameter, HeldGradient(parameter.shape, self.mode == "per_example"))
+            held = self._held.get(parameter)
+            if held is None:
+                held = self._held[parameter] = HeldGradient(parameter.shape, self.bookkeeping, self.mode == "per_example")
             if kind == "pair":
                 held.add_pair(*tensors)
             elif kind == "lookup":
@@ -198,6 +240,10 @@ class GradSampler:
             else:
                 raise ValueError(f"the rule for {self.names[parameter]} gave gradients of shape {tuple(tensors.shape)}, "
                                  f"expected {(batch, *parameter.shape)}")
+        if self.per_layer:
+            self._calls[group] -= 1
+            if self._calls[group] <= 0:
+                self._clip_and_add(group)
 
     def backward(self, losses: Float[Tensor, " batch"],
                  clip: Callable[[Float[Tensor, " batch"]], Float[Tensor, " batch"]]
@@ -214,22 +260,31 @@ class GradSampler:
         Raises:
             ValueError: losses are not one per example, or a gradient reached a parameter past the clipper.
         """
-        self._check_losses(losses)
+        check_losses(losses)
         if len(losses) == 0:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
         self.check_parameters()
-        self._held, self._recording_for = {}, len(losses)
+        self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
+        self._finite, self._group_squares = torch.isfinite(losses.detach()), []
+        self._finite_losses = self._finite
         try:
             with torch.autocast(losses.device.type, enabled=False):
                 due = self._unseen and self._probes_left and self._probe_due
-                if due and len(losses) > 1 and losses.device.type != "meta":
+                if due and len(losses) > 1 and holds_data(losses):
                     self._probe(losses)
+                self.half_done = self.per_layer
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self.check_no_grad()
-                with torch.no_grad():
-                    return self._clip_and_add(losses.detach(), clip)
+                for group in sorted({self._groups[p] for p in self._held}):
+                    self._clip_and_add(group)
+            if not self._group_squares:
+                raise ValueError("the losses do not depend on any trainable parameter: was the forward pass run under "
+                                 "torch.no_grad(), or before make_private?")
+            self.half_done = False
+            return torch.stack(self._group_squares).sum(0).sqrt(), self._finite
         finally:
-            self._held, self._recording_for, self._batch, self._tokens = {}, None, None, None
+            self._forget_backward()
+            self._batch = self._tokens = None
 
     def _probe(self, losses: Float[Tensor, " batch"]) -> None:
         only_last = torch.zeros_like(losses)
@@ -247,41 +302,40 @@ class GradSampler:
                              "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
         self._probes_left, self._probe_due = self._probes_left - 1, False
 
-    def _clip_and_add(self, losses, clip):
-        if not self._held:
-            raise ValueError("the losses do not depend on any trainable parameter: was the forward pass run under "
-                             "torch.no_grad(), or before make_private?")
-        norms = self._norms(losses)
-        keep = torch.isfinite(norms) & torch.isfinite(losses)
-        factors = torch.where(keep, clip(norms.masked_fill(~keep, 0)), 0)
-        while self._held:  # released one by one, so that sums grow while records shrink
-            parameter, held = self._held.popitem()
-            name = self.names[parameter]
+    @torch.no_grad()
+    def _clip_and_add(self, group: int) -> None:
+        """Norms of a group's whole gradients, factors, weighted sums; the records are dropped one by one as sums grow."""
+        held = [(p, self._held.pop(p)) for p in [p for p in self._held if self._groups[p] == group]]
+        if not held:
+            return
+        self._clipped_groups.add(group)
+        for parameter, gradient in held:
+            self.held_bytes[self.names[parameter]] = sum(t.nbytes for t in gradient.tensors())
+        norms = self._norms([gradient for _, gradient in held], self._finite.device)
+        keep = torch.isfinite(norms) & self._finite_losses
+        factors = torch.where(keep, self._clip(norms.masked_fill(~keep, 0)), 0)
+        self._group_squares.append(norms.square())
+        self._finite = self._finite & torch.isfinite(norms)
+        some_left_out = not (holds_data(keep) and bool(keep.all()))
+        while held:
+            parameter, gradient = held.pop()
+            name, device = self.names[parameter], parameter.device
             if name not in self.sums:
-                self.sums[name] = torch.zeros_like(parameter, dtype=accumulation_dtype(parameter.dtype))
-            held.add_weighted_sum(self.sums[name], factors.to(parameter.device), keep.to(parameter.device))
+                self.sums[name] = torch.zeros(parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=device)
+            gradient.add_weighted_sum(self.sums[name], factors.to(device), keep.to(device) if some_left_out else None)
             self.recorded.add(name)
-        return norms, keep
 
-    def _norms(self, losses) -> Float[Tensor, " batch"]:
+    @staticmethod
+    def _norms(held: list[HeldGradient], device: torch.device) -> Float[Tensor, " batch"]:
         """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small."""
         def total(squares):
-            return torch.stack([s.to(losses.device) for s in squares]).sum(0)
+            return torch.stack([s.to(device) for s in squares]).sum(0)
 
-        squared = total([held.norms_squared() for held in self._held.values()])
-        orthogonal, aligned = (total(bound) for bound in
-                               zip(*(held.squares_without_cancellation() for held in self._held.values())))
-        if losses.device.type != "meta" and bool((squared < _CANCELLED * orthogonal).any()):
-            squared = total([held.norms_squared(torch.float64) for held in self._held.values()])
-        return torch.maximum(squared.to(aligned.dtype), _ROUNDING * aligned).sqrt()
-
-    def _check_losses(self, losses) -> None:
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            raise ValueError(f"backward needs one loss per example, a 1-D tensor; got {shape}. A mean over the batch hides the "
-                             "examples: use reduction='none', for instance cross_entropy(logits, labels, reduction='none')")
-        if len(losses) and not losses.requires_grad:
-            raise ValueError("the losses carry no gradient: compute them outside torch.no_grad() and do not detach them")
+        squared, orthogonal, aligned = zip(*(gradient.squares() for gradient in held))
+        squared, floor = total(squared), _ROUNDING * total([a.square() for a in aligned])
+        if holds_data(squared) and bool((squared < _CANCELLED * total(orthogonal)).any()):
+            squared = total([gradient.squares(torch.float64).squared for gradient in held])
+        return torch.maximum(squared.to(floor.dtype), floor).sqrt()
 
     def check_no_grad(self) -> None:
         """No parameter of the model holds a gradient, whether it trains now or was frozen since."""
@@ -313,29 +367,13 @@ class GradSampler:
                              "private.detach(), change the model, then call make_private again")
 
 
-def _check_owner(name: str, module: nn.Module) -> None:
-    """Refuses whatever has no exact rule, before anything is changed."""
-    trainable = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
-    full = [f"{name}.{key}" if name else key for key in trainable]
-    kind = type(module).__name__
-    ways_out = (f"Freeze it (requires_grad_(False)), or teach the engine the layer: "
-                f"memarc_utils.layer_rules.register_rule({kind}, per_example_loop)")
-    if "forward" in vars(module):
-        raise ValueError(f"the forward of {name or kind}, which owns {full[0]}, was replaced on the instance (is the model "
-                         "private already, or wrapped by another library?). Undo that first, e.g. with private.detach()")
-    rule = rule_for(module)
-    if rule is None:
-        raise ValueError(f"no rule for {full[0]}, owned by a {kind}. {ways_out}")
-    if not isinstance(rule, FunctionRule) and (odd := [f for key, f in zip(trainable, full) if key not in ("weight", "bias")]):
-        raise ValueError(f"the rule for {kind} does not know {odd[0]}. {ways_out}")
-    if isinstance(rule, type) and issubclass(rule, EmbeddingRule) and (reason := rule.refuse(module)):
-        raise ValueError(f"{full[0]} cannot be clipped: {reason}")
-
-
-def _check_no_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
-        if mixes and "train" not in vars(module):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch and keeps their "
-                             "statistics. Replace it by GroupNorm or LayerNorm, or keep it as it is with backbones.freeze(module)")
+def _groups(modules: list[nn.Module]) -> dict[nn.Module | nn.Parameter, int]:
+    """Numbers the layers; those that share a trainable parameter, directly or through others, have one number, which
+    their parameters have too. Clipped apart, a tied weight would let its example in once a layer."""
+    groups: dict[nn.Module | nn.Parameter, int] = {}
+    for number, module in enumerate(modules):
+        members = [module, *(p for p in module.parameters(recurse=False) if p.requires_grad)]
+        joined = {groups[member] for member in members if member in groups}
+        groups.update({member: number for member in members})
+        groups.update({member: number for member, old in groups.items() if old in joined})
+    return groups

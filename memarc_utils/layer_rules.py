@@ -9,12 +9,19 @@ it is not covered by its parent's rule. A rule has three parts:
   ``dense`` (see `book_keeping`).
 """
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from memarc_utils.book_keeping import accumulation_dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 def _tokens_in_one_axis(tensor: Tensor, trailing: int) -> Tensor:
@@ -98,19 +105,8 @@ class OPTPositionRule(EmbeddingRule):
         return (position_ids + module.offset,)
 
 
-def _normalised(x: Tensor, dimensions: tuple[int, ...], epsilon: float, centred: bool) -> tuple[Tensor, Tensor]:
-    """x̂ and 1/σ of a normalisation layer, recomputed in float32 or wider from its input."""
-    x = x.to(accumulation_dtype(x.dtype))
-    if centred:
-        x = x - x.mean(dimensions, keepdim=True)
-    inverse = torch.rsqrt(x.square().mean(dimensions, keepdim=True) + epsilon)
-    return x * inverse, inverse
-
-
 class LayerNormRule:
     """``y = x̂ ⊙ w + b``: ``Σ_t g_t ⊙ x̂_t`` for w and ``Σ_t g_t`` for b, both as small as one vector an example."""
-
-    centred = True
 
     @classmethod
     def inputs(cls, module, *args, **kwargs):
@@ -121,41 +117,53 @@ class LayerNormRule:
         return True
 
     @classmethod
-    def epsilon(cls, module, x) -> float:
-        return module.eps
+    def grad_inputs(cls, module, inputs, grad_output, needed):
+        x = _wide(inputs[0])
+        shape, weight = module.normalized_shape, _wide(module.weight.detach())
+        _, mean, inverse = torch.native_layer_norm(x, shape, None, None, module.eps)
+        mask = [True, False, False]
+        grad, _, _ = torch.ops.aten.native_layer_norm_backward(_wide(grad_output).contiguous(), x, shape, mean, inverse, weight, None, mask)
+        return (grad.to(inputs[0].dtype),)
 
     @classmethod
-    def grad_inputs(cls, module, inputs, grad_output, needed):
-        x = inputs[0]
-        trailing = tuple(range(x.dim() - module.weight.dim(), x.dim()))
-        normal, inverse = _normalised(x, trailing, cls.epsilon(module, x), cls.centred)
-        g = grad_output.to(normal.dtype) * module.weight
-        inner = (g * normal).mean(trailing, keepdim=True)
-        if cls.centred:
-            g = g - g.mean(trailing, keepdim=True)
-        return (((g - normal * inner) * inverse).to(x.dtype),)
+    def normal(cls, module, x: Tensor) -> Tensor:
+        """x̂ in float32 or wider, recomputed from the layer's input."""
+        return torch.native_layer_norm(_wide(x), module.normalized_shape, None, None, module.eps)[0]
 
     @classmethod
     def record(cls, module, inputs, grad_output):
-        x, trailing = inputs[0], module.weight.dim()
-        wide = grad_output.to(accumulation_dtype(grad_output.dtype))
+        trailing, wide = module.weight.dim(), _wide(grad_output)
         if module.weight.requires_grad:
-            normal, _ = _normalised(x, tuple(range(x.dim() - trailing, x.dim())), cls.epsilon(module, x), cls.centred)
-            yield "weight", "dense", _tokens_in_one_axis(wide * normal, trailing).sum(1)
+            yield "weight", "dense", _tokens_in_one_axis(wide * cls.normal(module, inputs[0]), trailing).sum(1)
         if getattr(module, "bias", None) is not None and module.bias.requires_grad:
             yield "bias", "dense", _tokens_in_one_axis(wide, trailing).sum(1)
 
 
 class RMSNormRule(LayerNormRule):
-    """The same without the mean; torch's eps of None means the input type's machine epsilon."""
+    """``y = x / √(mean(x²) + ε) ⊙ w``; torch's ε of None means the input type's machine epsilon."""
 
-    centred = False
+    @staticmethod
+    def _scale(module, x: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor]:
+        if hasattr(module, "variance_epsilon"):  # transformers
+            epsilon = module.variance_epsilon
+        else:
+            epsilon = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        trailing = tuple(range(x.dim() - module.weight.dim(), x.dim()))
+        x = _wide(x)
+        return x, trailing, torch.rsqrt(x.square().mean(trailing, keepdim=True) + epsilon)
 
     @classmethod
-    def epsilon(cls, module, x):
-        if hasattr(module, "variance_epsilon"):  # transformers
-            return module.variance_epsilon
-        return torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    def normal(cls, module, x):
+        x, _, inverse = cls._scale(module, x)
+        return x * inverse
+
+    @classmethod
+    def grad_inputs(cls, module, inputs, grad_output, needed):
+        x, trailing, inverse = cls._scale(module, inputs[0])
+        g = _wide(grad_output) * module.weight
+        # ∂L/∂x = (g − x̂ mean(g ⊙ x̂)) / rms, with x̂ = x / rms: no x̂ is made
+        inner = (g * x).mean(trailing, keepdim=True) * inverse.square()
+        return ((g.sub_(x * inner)).mul_(inverse).to(inputs[0].dtype),)
 
 
 class FunctionRule:
@@ -166,9 +174,13 @@ class FunctionRule:
 
     @staticmethod
     def inputs(module, *args, **kwargs):
-        tensors = (*args, *kwargs.values())
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        tensors = given.args[1:]  # keywords in the order of the signature
+        if given.kwargs:
+            raise ValueError(f"a per-example rule takes positional arguments only, the forward of {type(module).__name__} has "
+                             f"keyword-only ones: {', '.join(given.kwargs)}")
         if not all(isinstance(t, Tensor) for t in tensors):
-            raise ValueError(f"a registered rule takes tensors only, {type(module).__name__} was called with "
+            raise ValueError(f"a per-example rule takes tensors only, {type(module).__name__} was called with "
                              f"{[type(t).__name__ for t in tensors]}: give a non-tensor argument to the constructor")
         return tensors
 
@@ -239,6 +251,10 @@ RULES: dict[tuple[str, str], object] = {
 }
 
 
+_RELATIVE_BIASES = {(f"{_TRANSFORMERS}{family}.modeling_{family}", f"{name}.compute_bias")
+                    for family, name in (("t5", "T5Attention"), ("mt5", "MT5Attention"))}
+
+
 def _key(module_class: type) -> tuple[str, str]:
     return module_class.forward.__module__, module_class.forward.__qualname__
 
@@ -249,6 +265,54 @@ def rule_for(module: nn.Module):
     if isinstance(rule, FunctionRule):
         return rule if rule.forward is forward else None
     return None if hasattr(forward, "__wrapped__") else rule
+
+
+def loop_rule(module: nn.Module) -> FunctionRule | None:
+    """The fallback for a layer without a rule: `per_example_loop` of its own forward, where that is right.
+
+    It is where the layer's own parameters are all that trains below it: what it calls then has nothing to record.
+    """
+    own = {p for p in module.parameters(recurse=False) if p.requires_grad}
+    if any(p.requires_grad and p not in own for p in module.parameters()) or type(module).forward is nn.Module.forward:
+        return None
+    return FunctionRule(per_example_loop, type(module).forward)
+
+
+class RelativeBias:
+    """Stands in for ``compute_bias`` of a T5-type attention: the lookup of (T, T) buckets is made once for each example.
+
+    The layer looks its table up without a batch axis and broadcasts the result over the examples, so that their gradients
+    would arrive added up. Looked up as (B, T, T) the value is the same and every example has its own gradient.
+    """
+
+    def __init__(self, module: nn.Module, batch_size: Callable[[], int | None]) -> None:
+        self.module, self.batch_size = module, batch_size
+
+    def __call__(self, query_length, key_length, device=None, past_seen_tokens=0):
+        module, batch = self.module, self.batch_size()
+        if batch is None or not torch.is_grad_enabled():
+            return type(module).compute_bias(module, query_length, key_length, device, past_seen_tokens)
+        table = module.relative_attention_bias
+        positions = torch.arange(max(query_length + past_seen_tokens, key_length), device=device or table.weight.device)
+        queries = positions[past_seen_tokens:past_seen_tokens + query_length]
+        buckets = module._relative_position_bucket(
+            positions[None, :key_length] - queries[:, None], bidirectional=not module.is_decoder,
+            num_buckets=module.relative_attention_num_buckets, max_distance=module.relative_attention_max_distance)
+        return table(buckets.expand(batch, -1, -1)).permute(0, 3, 1, 2)
+
+    def __deepcopy__(self, memo):
+        return functools.partial(type(self.module).compute_bias, copy.deepcopy(self.module, memo))
+
+    def __reduce__(self):
+        return functools.partial, (type(self.module).compute_bias, self.module)
+
+
+def has_relative_bias(module: nn.Module) -> bool:
+    """Whether this is an attention whose trainable table of relative positions `RelativeBias` serves."""
+    compute = getattr(type(module), "compute_bias", None)
+    key = (getattr(compute, "__module__", None), getattr(compute, "__qualname__", None))
+    table = getattr(module, "relative_attention_bias", None)
+    return key in _RELATIVE_BIASES and isinstance(table, nn.Embedding) and table.weight.requires_grad
 
 
 def register_rule(module_class: type, function: Callable) -> None:

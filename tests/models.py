@@ -1,8 +1,12 @@
 """Tiny models, padded batches and slow, plain gradients that the engine's tests share. No code of the engine is used
 here."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.backbones import tiny_backbone
@@ -78,8 +82,24 @@ def loop_norms(gradients):
     return sum(g.double().flatten(1).square().sum(1) for g in gradients.values()).sqrt()
 
 
-def loop_clipped_sum(gradients, max_grad_norm, clipping="flat"):
-    """Σ_i c_i g_i with c written out, in float64."""
+def groups_of(model):
+    """Sets of names: the parameters of one layer, and of layers that share one, by repeated merging."""
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{names[p] for p in module.parameters(recurse=False) if p in names} for module in model.modules()]
+    groups = [group for group in groups if group]
+    while True:
+        meeting = [(a, b) for k, a in enumerate(groups) for b in groups[k + 1:] if a & b]
+        if not meeting:
+            return groups
+        first, second = meeting[0]
+        groups = [g for g in groups if g is not first and g is not second] + [first | second]
+
+
+def loop_clipped_sum(gradients, max_grad_norm, clipping="flat", groups=None):
+    """Σ_i c_i g_i with c written out, in float64; ``per_layer`` clips each group of names by itself to C/√G."""
+    if clipping == "per_layer":
+        parts = [loop_clipped_sum({n: gradients[n] for n in group}, max_grad_norm / len(groups)**0.5) for group in groups]
+        return {name: total for part in parts for name, total in part.items()}
     norms = loop_norms(gradients)
     factors = (max_grad_norm / norms).clamp(max=1) if clipping == "flat" else max_grad_norm / (norms + 0.01)
     return {name: torch.einsum("b,b...->...", factors, g.double()) for name, g in gradients.items()}
@@ -115,3 +135,24 @@ def private_sgd(model, plan=None, lr=1.0, seed=0, **options):
 def without_shape_check(function):
     """The function as users call it: under pytest shapes and types in signatures are checked before the body runs."""
     return getattr(function, "__wrapped__", function)
+
+
+class T5Classifier(nn.Module):
+    """transformers' T5 encoder, whose relative positions carry no batch axis, mean-pooled, with a linear head."""
+
+    def __init__(self, family=T5EncoderModel, config=T5Config, layers=2, dropout=0.0):
+        super().__init__()
+        self.config = config(vocab_size=101, d_model=16, d_kv=4, num_heads=4, d_ff=32, num_layers=layers,
+                             dropout_rate=dropout, pad_token_id=0, relative_attention_num_buckets=8,
+                             relative_attention_max_distance=16)
+        self.encoder, self.head = family(self.config), nn.Linear(16, 2)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = (hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        return SimpleNamespace(logits=self.head(pooled))
+
+
+def t5(seed=0, **options):
+    torch.manual_seed(seed)
+    return T5Classifier(**options).eval()

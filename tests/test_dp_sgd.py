@@ -16,7 +16,7 @@ from opacus import GradSampleModule
 from scipy import stats
 from torch import nn
 
-from memarc_utils import book_keeping, dp_sgd
+from memarc_utils import book_keeping, dp_sgd, sensitivity
 from memarc_utils.adapters import add_lora
 from memarc_utils.backbones import load_backbone
 from memarc_utils.batch_selection import poisson_batches
@@ -24,7 +24,7 @@ from memarc_utils.clipping import CLIPPINGS
 from memarc_utils.dp_sgd import SensitivityReport, make_private, verify_sensitivity
 from memarc_utils.grad_sample import MODES
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from tests.models import (CASE_IDS, CASES, distance, loop_clipped_sum, loop_gradients, loop_norms, padded_batch,
+from tests.models import (CASE_IDS, CASES, distance, groups_of, loop_clipped_sum, loop_gradients, loop_norms, padded_batch,
                           plain_losses, plan_for_tests, private_sgd, rows, seeded, shake, size, tiny,
                           without_shape_check)
 
@@ -49,7 +49,7 @@ def test_one_example_moves_the_sum_by_at_most_c(number, how):
     """Every family with everything, LoRA and a side network training; modes and clippings in turn, so every pair
     occurs."""
     case = CASES[number]
-    mode, clipping = SETTINGS[(number + list(PREPARATIONS).index(how)) % 4]
+    mode, clipping = SETTINGS[(number + list(PREPARATIONS).index(how)) % len(SETTINGS)]
     model = prepared(case, how)
     report = verify_sensitivity(model, plain_losses, padded_batch(model, case[1], batch=3), max_grad_norm=0.1,
                                 mode=mode, clipping=clipping)
@@ -71,7 +71,7 @@ def test_clipped_sum_against_a_loop_written_here(case, mode, clipping):
     bound = float(loop_norms(gradients).median())  # some are clipped, some are not
     private = private_sgd(model, plan_for_tests(max_grad_norm=bound), mode=mode, clipping=clipping)
     private.backward(plain_losses(model, batch))
-    want = loop_clipped_sum(gradients, bound, clipping)
+    want = loop_clipped_sum(gradients, bound, clipping, groups_of(model))
     assert distance(private.clipped_sum(), want) <= 1e-5 * size(want)
     torch.testing.assert_close(private.gradient_norms.double(), loop_norms(gradients), rtol=1e-5, atol=0)
 
@@ -189,7 +189,7 @@ def test_an_engine_that_mis_measures_is_caught(monkeypatch):
 
     assert measured().holds
     with monkeypatch.context() as patch:
-        patch.setattr(dp_sgd, "clipping_factors", lambda n, *_: torch.ones_like(n))
+        patch.setattr(sensitivity, "clipping_factors", lambda n, *_: torch.ones_like(n))
         assert measured().max_contribution > 0.2
     with monkeypatch.context() as patch:
         patch.setattr(book_keeping.HeldGradient, "_cross_pair_lookup",
@@ -384,6 +384,44 @@ def test_noise_is_gaussian_of_deviation_sigma_c_over_b(first):
     assert stats.kstest(noise["bias"].double().numpy(), "norm", args=(0, deviation)).pvalue > 1e-3
 
 
+def test_secure_noise_has_the_same_distribution_and_other_bits():
+    """Half the sum of four draws (trap 15): Kolmogorov-Smirnov as above, four times the random numbers."""
+    model = linear(width=WIDE)
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.5, max_grad_norm=0.7), noise="secure")
+    plain = torch.Generator().manual_seed(0)
+    draws = [torch.empty(WIDE[1], WIDE[0]).view(-1).normal_(0, 1.5 * 0.7 / 2, generator=plain) for _ in range(4)]
+    before = snapshot(model)
+    private.step()
+    moved = (before["weight"] - model.weight.detach()).flatten()
+    torch.testing.assert_close(moved, sum(draws) / 4, rtol=1e-4, atol=1e-5)  # four draws of half the deviation, over B = 4
+    sample, deviation = moved.double().numpy(), 1.5 * 0.7 / 4
+    assert stats.kstest(sample, "norm", args=(0, deviation)).pvalue > 1e-3
+    for wrong in (2 / 3, 3 / 2):
+        assert stats.kstest(sample, "norm", args=(0, wrong * deviation)).pvalue < 1e-6
+    with pytest.raises(ValueError, match="noise must be one of gaussian, secure, got 'laplace'"):
+        private_sgd(linear(), noise="laplace")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_noise_is_independent_of_dropout(dropout):
+    """The same noise whatever dropout draws in between, and dropout's masks are the same with and without noise."""
+    def noise_and_mask(noise_multiplier):
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Linear(20, 20), nn.Dropout(dropout)).train()
+        private = private_sgd(model, plan_for_tests(noise_multiplier=noise_multiplier), lr=0.0)
+        masks = []
+        for _ in range(2):
+            private.backward((out := model(torch.ones(3, 20))).square().sum(1))
+            masks.append(out.detach() == 0)
+            private.step()
+        return private.noise_generator.get_state(), torch.stack(masks)
+
+    (state, mask), (_, quiet) = noise_and_mask(1.0), noise_and_mask(0.0)
+    assert torch.equal(mask, quiet)
+    assert torch.equal(state, noise_and_mask(1.0)[0])
+    assert bool(mask.any()) == (dropout > 0)
+
+
 @pytest.mark.parametrize("changed", [dict(noise_multiplier=3.0), dict(max_grad_norm=1.4), dict(expected_batch_size=2)])
 def test_noise_scales_with_sigma_and_c_and_the_divisor(changed):
     """Doubling σ or C, or halving B, doubles it: noise without C is the classical slip."""
@@ -486,7 +524,8 @@ def test_frozen_parameters_may_be_in_the_optimizer():
 
 def test_models_that_cannot_be_private_are_refused():
     refuse("no parameter of the model has requires_grad=True", linear().requires_grad_(False))
-    refuse("no rule for 1.weight, owned by a Conv1d. Freeze it", nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1)))
+    refuse("no rule for 1.in_proj_weight, owned by a MultiheadAttention in which other layers train too. Freeze it",
+           nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)))
 
 
 def test_a_second_make_private_is_refused_and_the_first_goes_on():

@@ -158,9 +158,11 @@ def test_only_exact_forwards_have_a_rule():
 
     assert rule_for(Renamed(2, 2)) is rule_for(nn.Linear(2, 2)) is not None
     assert rule_for(Doubled(2, 2)) is None
-    with pytest.raises(ValueError,
-                       match=r"no rule for 0.weight, owned by a Doubled. Freeze it .*register_rule\(Doubled"):
-        GradSampler(nn.Sequential(Doubled(2, 2)))
+    model = nn.Sequential(nn.Linear(3, 4), Doubled(4, 2))
+    x = torch.randn(5, 3, generator=seeded())
+    with pytest.warns(UserWarning, match=r"no rule of its own for Doubled \(1.weight\).*loop over the examples.*register_rule\(Doubled"):
+        got, _ = engine_gradients(model, lambda m: m(x).square().sum(1))
+    assert_same(got, loop_gradients(model, {"x": x}, lambda m, one: m(one["x"]).square().sum(1)))
 
 
 # -------------------------------------------------------------------------------------- registering a rule of one's own
@@ -248,7 +250,7 @@ def test_registered_rule_takes_tensors_only(fresh_rules):
     layer = Scale(3)
     sampler = GradSampler(layer)
     with pytest.raises(ValueError,
-                       match="a registered rule takes tensors only.*give a non-tensor argument to the constructor"):
+                       match="a per-example rule takes tensors only.*give a non-tensor argument to the constructor"):
         layer(torch.ones(2, 3), 1.0)
     sampler.detach()
 
@@ -765,19 +767,32 @@ def untouched(model):
     return all("forward" not in vars(m) and not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
 
 
+class ScaledBlock(nn.Module):
+    """Owns a bare parameter beside a layer that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.layer = nn.Parameter(torch.ones(2)), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.scale * self.layer(x)
+
+
 REFUSED = {
     "unknown mode": (lambda: nn.Linear(2, 2), dict(mode="ghost"),
                      "mode must be one of book_keeping, per_example, got 'ghost'"),
     "nothing trains": (lambda: nn.Linear(2, 2).requires_grad_(False), {},
                        "no parameter of the model has requires_grad=True: choose what to"),
-    "no rule": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1)), {},
-                r"no rule for 1.weight, owned by a Conv2d. Freeze it"),
+    "no rule": (lambda: nn.Sequential(nn.Linear(2, 2), ScaledBlock()), {},
+                r"no rule for 1.scale, owned by a ScaledBlock in which other layers train too. Freeze it"),
+    "unknown bookkeeping": (lambda: nn.Linear(2, 2), dict(bookkeeping="opacus"),
+                            "bookkeeping must be one of memory, mixopt, got 'opacus'"),
     "bare parameter": (lambda: nn.MultiheadAttention(4, 2), {},
                        "no rule for in_proj_weight, owned by a MultiheadAttention"),
     "weight norm": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2))), {},
                     "the rule for Linear does not know 0.weight_g"),
     "parametrization": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), {},
-                        "no rule for parametrizations.weight.original0"),
+                        "parametrizations.weight.original0 belongs to a parametrization.*Fold it in first"),
     "spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(2, 2)), {},
                       "the rule for Linear does not know weight_orig"),
     "max_norm": (lambda: nn.Embedding(3, 2, max_norm=1.0), {},

@@ -1,0 +1,261 @@
+"""One training step of a method under an engine, measured in a process of its own: seconds, and resident memory.
+
+A comparison is a list of `StepCase`, measured one process after the other on an idle machine. Memory is the highest resident
+size over all steps above the size with the model and the optimizer loaded, sampled every 2 ms; the allocator of the process
+gives freed memory back at once (`ALLOCATOR`), so that what is resident is what is held.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForSequenceClassification, GPT2Config, RobertaConfig
+
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.adapters import add_lora, head_parameters, train_everything
+from memarc_utils.dp_sgd import make_private
+from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils.training import classification_losses, progress
+
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost")
+_SAMPLING_INTERVAL = 0.002  # seconds
+_WARM_UP_STEPS = 2  # the engine looks for examples that meet in the first step, or two where a layer starts at zero
+
+
+def _roberta(width: int, layers: int) -> RobertaConfig:
+    return RobertaConfig(vocab_size=50265, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+                         intermediate_size=4 * width, max_position_embeddings=1026, type_vocab_size=1, pad_token_id=1)
+
+
+# Configurations of published models; the position table of RoBERTa reaches to 1,024 tokens instead of 512.
+SHAPES: dict[str, Callable[[], object]] = {
+    "tiny": lambda: RobertaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
+                                  intermediate_size=256, max_position_embeddings=1026, type_vocab_size=1, pad_token_id=1),
+    "roberta-base": lambda: _roberta(768, 12),
+    "roberta-base-24": lambda: _roberta(768, 24),
+    "roberta-base-48": lambda: _roberta(768, 48),
+    "roberta-large": lambda: _roberta(1024, 24),
+    "gpt2": lambda: GPT2Config(pad_token_id=50256),
+}
+
+
+def _biases_and_head(model: nn.Module) -> nn.Module:
+    heads = head_parameters(model)
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") or name in heads)
+    return model
+
+
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "full": train_everything,
+    "lora": add_lora,
+    "ffa-lora": lambda model: add_lora(model, freeze_a=True),
+    "bitfit": _biases_and_head,
+    "side": lambda model: attach_side_network(model, SideNetworkConfig(reduction=8)),
+}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One cell of a comparison.
+
+    Attributes:
+        method: what trains, a key of `METHODS`.
+        engine: ``non-private`` (mean loss, SGD), ``book-keeping`` (ours), ``opacus hooks``, ``opacus ghost``.
+        shape: a key of `SHAPES`, random weights, classification head, dropout as published.
+        batch_size: B.
+        num_tokens: T; no padding.
+        checkpointing: activation checkpointing of every block (non-reentrant).
+        clipping: of our engine.
+        bookkeeping: of our engine.
+        threads: of torch.
+        repeats: timed steps, after two for warming up.
+    """
+
+    method: str
+    engine: str
+    shape: str = "roberta-base"
+    batch_size: int = 16
+    num_tokens: int = 128
+    checkpointing: bool = False
+    clipping: str = "flat"
+    bookkeeping: str = "memory"
+    threads: int = 2
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("engine", ENGINES), ("shape", SHAPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "num_tokens", "threads", "repeats"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
+        if self.engine.startswith("opacus") and self.checkpointing:
+            raise ValueError("opacus's module hooks cannot run under activation checkpointing: take checkpointing=False")
+
+
+def measure_cases(cases: Iterable[StepCase]) -> pd.DataFrame:
+    """Measures each case in a fresh process, one after the other.
+
+    Returns:
+        One row a case: its settings, ``seconds`` (median of the repeats), ``seconds_min``, ``seconds_max``, ``peak_mb`` (10⁶
+        bytes above the loaded model) and ``model_mb``.
+
+    Raises:
+        RuntimeError: a process failed; the message holds the end of its error output.
+    """
+    cases = list(cases)
+    rows = []
+    for case in progress(cases, "measuring", len(cases)):
+        rows.append({**dataclasses.asdict(case), **_in_fresh_process(case)})
+    return pd.DataFrame(rows)
+
+
+def _in_fresh_process(case: StepCase) -> dict[str, float]:
+    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(case.threads), "TOKENIZERS_PARALLELISM": "false"}
+    root = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-W", "ignore", "-m", "memarc_utils.benchmark", json.dumps(dataclasses.asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    if done.returncode:
+        raise RuntimeError(f"{case} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _resident_bytes() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+class _PeakResident:
+    """Samples the resident size of this process in a thread of its own."""
+
+    def __enter__(self) -> "_PeakResident":
+        self.peak, self._stop = _resident_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLING_INTERVAL):
+            self.peak = max(self.peak, _resident_bytes())
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure_here(case: StepCase) -> dict[str, float]:
+    """Measures a case in this process; `measure_cases` calls it in a fresh one."""
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(0)
+    before = _resident_bytes()
+    step = _prepared_step(case)
+    loaded = _resident_bytes()
+    with _PeakResident() as memory:
+        for _ in range(_WARM_UP_STEPS):
+            step()
+    seconds = []
+    for _ in range(case.repeats):
+        started = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds),
+            "peak_mb": (memory.peak - loaded) / 1e6, "model_mb": (loaded - before) / 1e6}
+
+
+def _prepared_step(case: StepCase) -> Callable[[], None]:
+    model = AutoModelForSequenceClassification.from_config(SHAPES[case.shape]())
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = METHODS[case.method](model).train()
+    if case.engine.startswith("opacus") and case.shape == "gpt2":
+        model.transformer.wpe.requires_grad_(False)  # positions that broadcast over the batch crash opacus
+    vocabulary = model.config.vocab_size
+    batch = {"input_ids": torch.randint(3, vocabulary - 1, (case.batch_size, case.num_tokens)),
+             "attention_mask": torch.ones(case.batch_size, case.num_tokens, dtype=torch.long),
+             "labels": torch.randint(0, 2, (case.batch_size,))}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    make = {"non-private": _non_private_step, "book-keeping": _book_keeping_step}.get(case.engine, _opacus_step)
+    return make(case, model, optimizer, batch)
+
+
+def _non_private_step(case, model, optimizer, batch) -> Callable[[], None]:
+    def step() -> None:
+        classification_losses(model, batch).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _book_keeping_step(case, model, optimizer, batch) -> Callable[[], None]:
+    plan = PrivacyPlan(dataset_size=50_000, expected_batch_size=case.batch_size, num_steps=1_000, noise_multiplier=1.0,
+                       max_grad_norm=1.0, delta=1e-5)
+    private = make_private(model, optimizer, plan, clipping=case.clipping, bookkeeping=case.bookkeeping)
+
+    def step() -> None:
+        private.backward(classification_losses(model, batch))
+        private.step()
+
+    return step
+
+
+def _opacus_step(case, model, optimizer, batch) -> Callable[[], None]:
+    """opacus 1.6.0 as its own `PrivacyEngine` puts it together, without the data loader."""
+    from opacus import GradSampleModule
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer
+    from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    ghost = case.engine == "opacus ghost"
+    options = dict(noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=case.batch_size)
+    if ghost:
+        wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0, use_ghost_clipping=True)
+        private = DPOptimizerFastGradientClipping(optimizer, **options)
+        loss_of = DPLossFastGradientClipping(wrapped, private, nn.CrossEntropyLoss())
+    else:
+        wrapped, private, loss_of = GradSampleModule(model), DPOptimizer(optimizer, **options), F.cross_entropy
+    inputs = {name: t for name, t in batch.items() if name != "labels"}
+
+    def step() -> None:
+        private.zero_grad()
+        loss_of(wrapped(**inputs).logits, batch["labels"]).backward()
+        private.step()
+        private.zero_grad()
+
+    return step
+
+
+def relative_to(table: pd.DataFrame, engine: str = "non-private") -> pd.DataFrame:
+    """Adds ``time_ratio`` and ``memory_ratio``: each row against the same step under another engine.
+
+    Raises:
+        ValueError: a row has no partner in the table, or several.
+    """
+    keys = ["method", "shape", "batch_size", "num_tokens", "checkpointing", "threads"]
+    partners = table[table["engine"] == engine].set_index(keys)
+    if not partners.index.is_unique or not set(table.set_index(keys).index) <= set(partners.index):
+        raise ValueError(f"every case needs exactly one partner with engine={engine!r} that has the same {', '.join(keys)}")
+    own = partners.loc[table.set_index(keys).index]
+    return table.assign(time_ratio=table["seconds"].to_numpy() / own["seconds"].to_numpy(),
+                        memory_ratio=table["peak_mb"].to_numpy() / own["peak_mb"].to_numpy())
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(StepCase(**json.loads(sys.argv[1])))))

@@ -1,0 +1,140 @@
+"""`verify_sensitivity`: how far one example moves the clipped sum, measured on a model, a loss and a batch of one's own."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from memarc_utils.clipping import check_clipping, clipping_factors
+from memarc_utils.grad_sample import GradSampler
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What `verify_sensitivity` measured.
+
+    Attributes:
+        max_contribution: max over i of ‖S(batch) − S(batch without i)‖; must be at most the clipping bound.
+        max_relative_error: max over i of ‖ĝ_i − g_i‖ / max(‖g_i‖, 1e-6), the engine's gradient against a loop's.
+        max_norm_error: the same for the norms the engine clips by.
+        untrained_parameters: names that no backward pass recorded.
+        max_grad_norm: the bound C that was asked for.
+    """
+
+    max_contribution: float
+    max_relative_error: float
+    max_norm_error: float
+    untrained_parameters: list[str]
+    max_grad_norm: float
+
+    @property
+    def holds(self) -> bool:
+        return (self.max_contribution <= self.max_grad_norm * (1 + 1e-4) and self.max_relative_error <= 1e-4
+                and not self.untrained_parameters)
+
+    def __str__(self) -> str:
+        verdict = "one example moves the sum by at most C" if self.holds else "NOT SAFE"
+        untrained = f"; untrained: {', '.join(self.untrained_parameters)}" if self.untrained_parameters else ""
+        return (f"{verdict}: largest contribution {self.max_contribution:.6g} (C = {self.max_grad_norm:g}), largest relative "
+                f"error of a gradient {self.max_relative_error:.2g}, of a norm {self.max_norm_error:.2g}{untrained}")
+
+
+def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str, Tensor], max_grad_norm: float = 1.0,
+                       mode: str = "book_keeping", clipping: str = "flat", bookkeeping: str = "memory") -> SensitivityReport:
+    """Measures the two promises of the engine on a model, a loss and a batch of your own.
+
+    Every example is left out once (is the clipped sum moved by at most C, neighbours included?), and every example's
+    gradient as the engine sees it inside the batch is compared with that of a plain loop, one example at a time, without
+    the engine. Dropout is off meanwhile (evaluation mode), activation checkpointing stays on where it is enabled; the model
+    comes back as it was. Costs about 3 B passes.
+
+    Args:
+        model: with its trainable parameters chosen; not private yet.
+        loss_per_example: ``(model, micro_batch) -> losses (B,)``.
+        micro_batch: tensors with the batch axis first.
+
+    Raises:
+        ValueError: as `make_private`.
+    """
+    check_clipping(clipping, max_grad_norm)
+    batch = _batch_size(micro_batch)
+    with _without_dropout(model) as checkpoint_again:
+        loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
+        checkpoint_again()  # the loop ran without: reentrant checkpoints know no torch.autograd.grad
+        # Without the probe: what it would refuse is measured here.
+        sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer", probe=False)
+        try:
+            def clipped(rows, clip):
+                sampler.clear()
+                norms, _ = sampler.backward(loss_per_example(model, _rows(micro_batch, rows)), clip)
+                return dict(sampler.sums), norms
+
+            everyone = list(range(batch))
+            def bounded(norms):
+                return clipping_factors(norms, max_grad_norm, clipping, sampler.num_groups)
+            whole, norms = clipped(everyone, bounded)
+            contribution = relative = norm_error = 0.0
+            for i in everyone:
+                rest = clipped([j for j in everyone if j != i], bounded)[0] if batch > 1 else {}
+                contribution = max(contribution, _distance(whole, rest))
+                alone = clipped(everyone, lambda n: torch.nn.functional.one_hot(torch.tensor(i, device=n.device), batch).to(n.dtype))[0]
+                size = max(_distance(loop[i], {}), 1e-6)
+                relative = max(relative, _distance(alone, loop[i]) / size)
+                norm_error = max(norm_error, abs(float(norms[i].nan_to_num(math.inf)) - _distance(loop[i], {})) / size)
+            untrained = [n for n in sampler.names.values() if n not in sampler.recorded]
+        finally:
+            sampler.detach()
+    return SensitivityReport(contribution, relative, norm_error, untrained, max_grad_norm)
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module):
+    """Evaluation mode; yields a function that turns activation checkpointing back on, which transformers ties to training
+    mode, with the blocks' own dropout rates at zero."""
+    modes = {m: m.training for m in model.modules()}
+    rates: list[tuple[nn.Module, str, float]] = []
+
+    def checkpoint_again() -> None:
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
+                for name, value in vars(module).items():
+                    if "dropout" in name and isinstance(value, float):
+                        rates.append((module, name, value))
+                        setattr(module, name, 0.0)
+
+    model.eval()
+    try:
+        yield checkpoint_again
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _batch_size(micro_batch: dict[str, Tensor]) -> int:
+    return next(len(t) for t in micro_batch.values() if isinstance(t, Tensor))
+
+
+def _rows(micro_batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
+    return {k: t[rows] if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
+
+
+def _gradient_alone(model, loss_per_example, one: dict[str, Tensor]) -> dict[str, Tensor]:
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = loss_per_example(model, one)
+    grads = torch.autograd.grad(loss.sum(), list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, grads) if g is not None}
+
+
+def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Euclidean distance of two gradients over all parameters, in float64; a missing entry is zero."""
+    total = 0.0
+    for name in first.keys() | second.keys():
+        a, b = first.get(name), second.get(name)
+        difference = a.double() - b.double() if a is not None and b is not None else (a if a is not None else b).double()
+        total += float(difference.detach().square().sum())
+    return math.inf if math.isnan(total) else total ** 0.5
