@@ -21,7 +21,7 @@ _PADDING = {"labels": -100}
 
 
 def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Stacks rows to tensors; lists are padded on the right to the longest row of this micro-batch.
+    """Stacks rows to tensors; lists and tensors are padded on the right to the longest row of this micro-batch.
 
     ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` and others with 0, ``labels`` with -100; columns that
     hold text are left out. Rows without an ``attention_mask`` are given one: without it a neighbour's length would be seen.
@@ -38,12 +38,20 @@ def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
         if isinstance(first, (int, float, bool)):
             batch[name] = torch.tensor([row[name] for row in rows])
         elif isinstance(first, Tensor):
-            batch[name] = torch.stack([row[name] for row in rows])
+            batch[name] = _stacked([row[name] for row in rows])
         elif isinstance(first, (list, tuple)):
             fill = pad_token_id if name == "input_ids" else _PADDING.get(name, 0)
             longest = max(len(row[name]) for row in rows)
             batch[name] = torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
     return batch
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one shape are stacked; those of several lengths (tokens first) are padded with zeros to the longest."""
+    longest = max(t.shape[0] if t.dim() else 0 for t in tensors)
+    if any(t.dim() and t.shape[0] < longest for t in tensors):
+        tensors = [torch.cat([t, t.new_zeros(longest - t.shape[0], *t.shape[1:])]) for t in tensors]
+    return torch.stack(tensors)
 
 
 def _rows(dataset, indices: list[int]) -> list[dict[str, Any]]:

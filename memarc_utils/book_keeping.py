@@ -72,7 +72,7 @@ class Squares(NamedTuple):
 
     With ``w_t = ‖l_t‖ ‖r_t‖`` the size of one token's contribution: ``orthogonal = Σ_t w_t²`` is the squared norm if the
     contributions stood at right angles, ``aligned = Σ_t w_t`` the norm if all pointed one way. A norm far below the first
-    came out of cancellation, where float32 has lost digits; one below 1e-5 of the second cannot be told from rounding.
+    came out of cancellation, where float32 has lost digits; one below 1e-4 of the second cannot be told from rounding.
     """
 
     squared: Tensor
@@ -137,12 +137,13 @@ class HeldGradient:
 
     Args:
         shape: the parameter's shape.
+        dtype: the parameter's type.
         bookkeeping: what is held of a matrix product, see `keep_pair`.
         dense_only: keep per-example gradients whatever they cost (the reference mode).
     """
 
-    def __init__(self, shape: torch.Size, bookkeeping: str = "memory", dense_only: bool = False) -> None:
-        self.shape, self.bookkeeping, self.dense_only = shape, bookkeeping, dense_only
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, bookkeeping: str = "memory", dense_only: bool = False) -> None:
+        self.shape, self.dtype, self.bookkeeping, self.dense_only = shape, dtype, bookkeeping, dense_only
         self.dense: Tensor | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.lookups: list[tuple[Tensor, Tensor]] = []
@@ -213,24 +214,30 @@ class HeldGradient:
             parts.append((products * picked).sum((1, 2)))
         return torch.cat(parts)
 
-    def add_weighted_sum(self, total: Float[Tensor, "..."], factors: Float[Tensor, " batch"],
-                         keep: Bool[Tensor, " batch"] | None = None) -> None:
-        """Adds ``Σ_i factors_i · gradient_i`` to ``total`` in place; examples outside ``keep`` (None: all are in) add
-        exactly nothing, even where their numbers are not finite (0·inf would be nan, so they are overwritten)."""
-        factors = factors.to(total.dtype)
+    def add_weighted_sum(self, total: Float[Tensor, "..."] | None, factors: Float[Tensor, " batch"],
+                         keep: Bool[Tensor, " batch"] | None = None) -> Float[Tensor, "..."]:
+        """``total + Σ_i factors_i · gradient_i``, in place where there is a total; examples outside ``keep`` (None: all are
+        in) add exactly nothing, even where their numbers are not finite (0·inf would be nan, so they are overwritten)."""
+        dtype = accumulation_dtype(self.dtype) if total is None else total.dtype
+        factors = factors.to(dtype)
 
         def kept(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(total.dtype)
+            tensor = tensor.to(dtype)
             return tensor if keep is None else tensor.masked_fill(~keep.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
-        if self.dense is not None:
-            total += (factors @ kept(self.dense.flatten(1))).view_as(total)
         for left, right in self.pairs:
             left, right = kept(left), kept(right)
             if left.shape[2] <= right.shape[2]:  # the smaller one is copied
                 left = left * factors[:, None, None]
             else:
                 right = right * factors[:, None, None]
-            total.addmm_(left.flatten(0, 1).t(), right.flatten(0, 1))
+            left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
+            total = left @ right if total is None else total.addmm_(left, right)
+        if self.dense is not None:
+            weighted = (factors @ kept(self.dense.flatten(1))).view(self.shape)
+            total = weighted if total is None else total.add_(weighted)
         for indices, values in self.lookups:
+            if total is None:
+                total = torch.zeros(self.shape, dtype=dtype, device=values.device)
             total.index_add_(0, indices.flatten(), (kept(values) * factors[:, None, None]).flatten(0, 1))
+        return total

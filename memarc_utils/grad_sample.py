@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, accumulation_dtype, holds_data
+from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, holds_data
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
 from memarc_utils.model_checks import check_losses, check_no_batch_statistics, check_owner
 
 MODES = ("book_keeping", "per_example")
 # A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
 _CANCELLED = 0.1
-# A norm is never called smaller than float32's rounding of the sum that it is clipped in: this share, squared, of Σ ‖l_t‖‖r_t‖.
-_ROUNDING = 1e-10
+# A norm is never called smaller than what float32's rounding of the sum could hide: this share, squared, of Σ ‖l_t‖‖r_t‖.
+_ROUNDING = 1e-8
 # The probe is repeated, once a step, until every layer's gradient was seen (what lies below a zero has none), not for ever.
 _MOST_PROBES = 8
 
@@ -230,7 +230,7 @@ class GradSampler:
             parameter = parameters[name]
             held = self._held.get(parameter)
             if held is None:
-                held = self._held[parameter] = HeldGradient(parameter.shape, self.bookkeeping, self.mode == "per_example")
+                held = self._held[parameter] = HeldGradient(parameter.shape, parameter.dtype, self.bookkeeping, self.mode == "per_example")
             if kind == "pair":
                 held.add_pair(*tensors)
             elif kind == "lookup":
@@ -320,9 +320,8 @@ class GradSampler:
         while held:
             parameter, gradient = held.pop()
             name, device = self.names[parameter], parameter.device
-            if name not in self.sums:
-                self.sums[name] = torch.zeros(parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=device)
-            gradient.add_weighted_sum(self.sums[name], factors.to(device), keep.to(device) if some_left_out else None)
+            kept = keep.to(device) if some_left_out else None
+            self.sums[name] = gradient.add_weighted_sum(self.sums.get(name), factors.to(device), kept)
             self.recorded.add(name)
 
     @staticmethod

@@ -1,14 +1,16 @@
-"""What a training step takes: peak memory above what was there before, and seconds."""
+"""What a training step takes: peak memory above what was there before, seconds, and what autograd keeps in between."""
 
 import contextlib
 import gc
 import os
 import statistics
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class StepCost:
 def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
     """Measures a step: once to warm up (optimizer state is made then), once for memory, then for time.
 
-    On CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's allocator
-    (the profiler's memory events), so it is exact and repeatable; what libraries hold outside that allocator is not in it.
+    On CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's
+    allocator (the profiler's memory events), so it is exact and repeatable; what libraries hold outside that allocator
+    is not in it.
 
     Args:
         step: a callable that does one whole training step.
@@ -44,7 +47,7 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
         raise ValueError(f"repeats must be >= 1, got {repeats}")
     step()
     gc.collect()
-    peak = _peak_on_cuda(step) if torch.cuda.is_available() else _peak_on_cpu(step)
+    peak = _peak_on_cuda(step) if torch.cuda.is_available() else _held_and_peak_on_cpu(step)[1]
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -53,6 +56,97 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return StepCost(peak, statistics.median(times))
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Attributes:
+        total: bytes that autograd keeps for the backward pass.
+        storages: bytes of each kept storage, in the order in which they were saved.
+    """
+
+    total: int
+    storages: tuple[int, ...]
+
+    @property
+    def megabytes(self) -> float:
+        return self.total / 1e6
+
+
+class _Kept:
+    """What the graph holds in place of a saved tensor; it dies with the node that saved it."""
+
+    __slots__ = ("tensor", "__weakref__")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output as it is would hold the node that holds it, and neither would ever go
+
+
+def saved_bytes(forward: Callable[[], object], model: nn.Module | None = None) -> SavedBytes:
+    """Bytes that the graph of ``forward``'s result keeps for the backward pass, parameters apart.
+
+    Sees what torch's operations save and what autograd functions give to ``save_for_backward`` (attributes set on
+    ``ctx`` escape). Under non-reentrant checkpointing that is the inputs of each checkpointed part. A storage counts
+    once and in full, however many views of it were saved; what was released before ``forward`` returned does not count.
+
+    Args:
+        forward: runs the forward pass and returns the loss, or whatever the backward pass would start from.
+        model: its buffers stand in memory anyway, as its parameters do, and are left out with them. Parameters are
+            recognised without it, unless they were saved detached.
+
+    Raises:
+        ValueError: ``forward`` returned None, so that its graph is gone.
+
+    GELU keeps its input; a linear layer keeps its input if its weight trains, and nothing but its weight if not.
+
+    >>> x, layer = torch.ones(10, 4, requires_grad=True), nn.Linear(4, 3)
+    >>> saved_bytes(lambda: nn.functional.gelu(layer(x)))
+    SavedBytes(total=280, storages=(160, 120))
+    >>> layer.weight.requires_grad = False
+    >>> saved_bytes(lambda: nn.functional.gelu(layer(x))).total
+    120
+    """
+    standing = () if model is None else (*model.parameters(), *model.buffers())
+    skipped = {_identity(tensor) for tensor in standing}
+    kept: list[weakref.ref] = []
+
+    def pack(tensor: Tensor) -> _Kept:
+        if isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            skipped.add(_identity(tensor))
+        holder = _Kept(tensor)
+        kept.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        result = forward()
+    if result is None:
+        raise ValueError("forward returned None: return the loss, else its graph is gone before it can be counted")
+    alive = [holder.tensor for ref in kept if (holder := ref()) is not None]
+    sizes = {_identity(t): t.untyped_storage().nbytes() for t in alive if _identity(t) not in skipped}
+    return SavedBytes(sum(sizes.values()), tuple(sizes.values()))
+
+
+def _identity(tensor: Tensor) -> int:
+    """The storage object itself: all views of it share it, and tensors without memory (on ``meta``) have one too."""
+    return tensor.untyped_storage()._cdata
+
+
+def held_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that the allocator has given out in ``forward`` and not got back while its result is alive.
+
+    Another route to what `saved_bytes` counts, which knows nothing of autograd. It has the result itself in it, and not
+    what autograd saved of tensors that stood before. Runs ``forward`` twice, the first time to warm up.
+
+    >>> held_bytes(lambda: torch.ones(1000) + torch.ones(1000))
+    4000
+    """
+    forward()
+    gc.collect()
+    if not torch.cuda.is_available():
+        return _held_and_peak_on_cpu(forward)[0]
+    before = torch.cuda.memory_allocated()
+    result = forward()  # noqa: F841 (it must live until the count)
+    return torch.cuda.memory_allocated() - before
 
 
 def _peak_on_cuda(step: Callable[[], object]) -> int:
@@ -64,15 +158,30 @@ def _peak_on_cuda(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_on_cpu(step: Callable[[], object]) -> int:
-    with _quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+def _held_and_peak_on_cpu(step: Callable[[], object]) -> tuple[int, int]:
+    """Bytes allocated and not released when ``step`` has returned, its result alive; and the most at any moment."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet_stderr(), _without_collector(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        result = step()  # noqa: F841 (it must live until the profile ends)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return held, peak
+
+
+@contextlib.contextmanager
+def _without_collector():
+    """Python's collector runs at moments of its own choosing, and would then free what earlier steps left behind."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -187,3 +187,55 @@ def plot_lines(
     if len(lines) > 1:
         axes.legend()
     return axes
+
+
+def plot_stacked_bars(
+    table: pd.DataFrame,
+    columns: Sequence[str],
+    *,
+    label: str,
+    names: str | None = None,
+    mark: str | None = None,
+    decimals: int = 0,
+    axes: Axes | None = None,
+) -> Axes:
+    """One horizontal bar a method, made of parts, in the order of the table (baseline first), each with its sum.
+
+    Parts have colours of their own; a method's colour is that of its name.
+
+    Args:
+        table: one row a method, with the columns `method` and the ones named here.
+        columns: the parts, from left to right, as the legend calls them.
+        label: the axis label, with the unit: `"memory (MB)"`.
+        names: column of the names at the bars, for variants of one method; the methods' labels when left out.
+        mark: column drawn as a diamond on its bar, such as a measured peak beside the parts that were added up.
+        decimals: digits after the point of the sums.
+        axes: where to draw; a new figure when left out.
+
+    Raises:
+        ValueError: no part, a missing column, an empty table, an unknown method, a part below zero.
+    """
+    if not columns:
+        raise ValueError("there is no part to draw; name the columns that add up")
+    _checked(table, ["method", *columns] + [column for column in (names, mark) if column])
+    if (table[list(columns)] < 0).any(axis=None):
+        raise ValueError("a part is below zero; parts that add up cannot be negative")
+    looks = [style(method) for method in table["method"]]
+    axes = plt.subplots(figsize=(8.0, 0.5 * len(table) + 1.6))[1] if axes is None else axes
+    rows, ends, shown = range(len(table)), pd.Series(0.0, index=table.index), []
+    for column, color in zip(columns, sns.color_palette("mako_r", len(columns))):
+        shown.append(axes.barh(rows, table[column].to_list(), left=ends.to_list(), color=color, label=column))
+        ends = ends + table[column]
+    if mark:
+        shown += axes.plot(table[mark].to_list(), rows, "D", color="black", markeredgecolor="white", label=mark)
+    for row, end, right in zip(rows, ends, ends if mark is None else ends.combine(table[mark], max)):
+        axes.annotate(f"{end:.{decimals}f}", (right, row), xytext=(8, 0), textcoords="offset points", va="center")
+    axes.set_yticks(rows, table[names].to_list() if names else [look.label for look in looks])
+    for tick, look in zip(axes.get_yticklabels(), looks):
+        tick.set(color=look.color, fontweight="bold")
+    axes.invert_yaxis()  # the first row on top
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(label)
+    axes.legend(handles=shown, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, columnspacing=1.2)
+    return axes

@@ -8,22 +8,24 @@ and QST (2401.07159). With h_0 the embeddings, h_k the output of the backbone's 
     output = h_L + U norm(s_L),                              U = 0 at the start
 
 The backbone runs under ``no_grad``: no activation of it is kept and no gradient goes through it. Since U starts at zero the
-model starts exactly at the pre-trained one. Nothing here reads data outside the forward pass.
+model starts exactly at the pre-trained one. Nothing here reads data outside the forward pass. Features that were computed
+before (`feature_cache`) come as ``inputs_embeds``, and the backbone does not run at all.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from memarc_utils.backbones import block_view, freeze
-from memarc_utils.book_keeping import accumulation_dtype
-from memarc_utils.layer_rules import register_rule
+from memarc_utils.preparation import recorded
+from memarc_utils.side_blocks import Gate, Mix, SideBlock, Sum, downsample, normalise, start_from_backbone
 
-BLOCKS = ("mlp", "attention")
-_TEMPERATURE = 0.1  # of LST's gates
+_CHOICES = {"block": ("mlp", "attention", "adapter"), "downsample": ("learned", "low_rank", "pooled", "orthogonal"),
+            "gate": ("none", "scalar", "vector"), "mix": ("residual", "gated"), "initial_weights": ("random", "magnitude")}
+FROZEN_DOWNSAMPLES = ("pooled", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -32,74 +34,35 @@ class SideNetworkConfig:
 
     Attributes:
         reduction: side width r = width / reduction.
-        block: ``mlp`` (each token by itself) or ``attention`` (tokens of an example meet at side width).
-        every: a side block beside every k-th backbone block (the last one always).
+        block: ``mlp`` (each token by itself), ``attention`` (tokens of an example meet at side width) or ``adapter`` (a
+            bottleneck of r/4).
+        downsample: ``learned``, ``low_rank`` (by way of 16 channels), or frozen: ``pooled`` (means of groups of channels),
+            ``orthogonal`` (a fixed random projection). A frozen one has no d-wide records and no noise coordinates.
+        gate: how a block's input joins the ladder: one α (``scalar``), one a channel (``vector``), or a plain sum (``none``).
+        layers: ``all``, or k for a side block beside every k-th backbone block (the last one always).
+        mix: ``residual``, h + U s with U = 0 at the start; ``gated``, a h + (1 − a) U s with a = 1 at the start (QST).
+        initial_weights: ``random``, or ``magnitude``: from the backbone's largest weights. Never from data.
         heads: attention heads of a side block.
     """
 
     reduction: int = 8
     block: str = "attention"
-    every: int = 1
+    downsample: str = "learned"
+    gate: str = "scalar"
+    layers: int | str = "all"
+    mix: str = "residual"
+    initial_weights: str = "random"
     heads: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("reduction", "every", "heads"):
+        for name in ("reduction", "heads"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
-
-
-class Gate(nn.Module):
-    """``μ s + (1 − μ) z`` with one scalar, μ = sigmoid(α / 0.1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.zeros(1))
-
-    def forward(self, s: Float[Tensor, "batch tokens side"], z: Float[Tensor, "batch tokens side"]
-                ) -> Float[Tensor, "batch tokens side"]:
-        mu = torch.sigmoid(self.alpha / _TEMPERATURE)
-        return mu * s + (1 - mu) * z
-
-
-def _gate_gradient(gate: Gate, s: Tensor, z: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """``∂/∂α = μ(1 − μ)/0.1 · Σ g ⊙ (s − z)`` per example."""
-    mu = torch.sigmoid(gate.alpha / _TEMPERATURE)
-    inner = (grad_output * (s - z)).flatten(1).sum(1, keepdim=True, dtype=accumulation_dtype(grad_output.dtype))
-    return {"alpha": inner * (mu * (1 - mu) / _TEMPERATURE)}
-
-
-register_rule(Gate, _gate_gradient)
-
-
-def normalise(h: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-    """Layer normalisation without parameters: brings every backbone's features to one scale."""
-    return F.layer_norm(h, h.shape[-1:])
-
-
-class SideBlock(nn.Module):
-    """Pre-norm residual block at side width; ``attention`` adds self-attention before the MLP.
-
-    The norms carry no parameters (under noise a scale earns little), projections start small.
-    """
-
-    def __init__(self, side: int, config: SideNetworkConfig, causal: bool) -> None:
-        super().__init__()
-        self.causal, self.heads = causal, config.heads
-        self.up, self.down = nn.Linear(side, 2 * side), nn.Linear(2 * side, side)
-        if config.block == "attention":
-            self.qkv, self.mix = nn.Linear(side, 3 * side), nn.Linear(side, side)
-
-    def forward(self, s: Float[Tensor, "batch tokens side"], mask: Tensor | None) -> Float[Tensor, "batch tokens side"]:
-        if hasattr(self, "qkv"):
-            s = s + self.mix(self._attend(self.qkv(normalise(s)), mask))
-        return s + self.down(F.gelu(self.up(normalise(s))))
-
-    def _attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and mask is None)
-        return mixed.transpose(1, 2).flatten(2)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.layers != "all" and (not isinstance(self.layers, int) or self.layers < 1):
+            raise ValueError(f"layers must be 'all' or a whole number k >= 1 (every k-th block), got {self.layers!r}")
 
 
 class SideNetwork(nn.Module):
@@ -110,7 +73,8 @@ class SideNetwork(nn.Module):
         taps: which outputs feed the ladder: 0 the embeddings, k the backbone's block k.
     """
 
-    def __init__(self, base: nn.Module, blocks: nn.ModuleList, width: int, config: SideNetworkConfig, causal: bool) -> None:
+    def __init__(self, base: nn.Module, blocks: nn.ModuleList, mlps: tuple[tuple[nn.Module, ...], ...],
+                 heads: list[nn.Module], width: int, config: SideNetworkConfig, causal: bool) -> None:
         super().__init__()
         if width % config.reduction:
             raise ValueError(f"reduction {config.reduction} does not divide the backbone's width {width}: take one of "
@@ -119,21 +83,43 @@ class SideNetwork(nn.Module):
         if config.block == "attention" and side % config.heads:
             raise ValueError(f"{config.heads} heads do not divide the side width {side} = {width} / {config.reduction}: "
                              "change heads or reduction")
-        self.side_config, self.config, self.causal = config, base.config, causal
+        self.side_config, self.config, self.causal, self.width = config, base.config, causal, width
         pooler = getattr(base, "pooler", None)
         self.backbone = freeze(base)
         if pooler is not None:  # it reads the final hidden state, which is ours, and belongs to the head
             base.pooler = None
         self.pooler = None if pooler is None else _thaw(pooler)
-        depth = len(blocks)
-        self._blocks = [blocks]  # in a list: they are the backbone's, not registered a second time
-        self.taps = [0, *sorted(range(depth, 0, -config.every))]
-        self.downs = nn.ModuleList(nn.Linear(width, side, bias=False) for _ in self.taps)
-        self.gates = nn.ModuleList(Gate() for _ in self.taps[1:])
-        self.side_blocks = nn.ModuleList(SideBlock(side, config, causal) for _ in self.taps[1:])
+        depth, step = len(blocks), 1 if config.layers == "all" else config.layers
+        self._blocks, self._heads = [blocks], heads  # in lists: they are the model's, not registered a second time
+        self.taps = [0, *sorted(range(depth, 0, -step))]
+        self.downs = nn.ModuleList(downsample(config.downsample, width, side, tap) for tap in self.taps)
+        gates = {"none": Sum, "scalar": Gate, "vector": lambda: Gate(side)}
+        self.gates = nn.ModuleList(gates[config.gate]() for _ in self.taps[1:])
+        self.side_blocks = nn.ModuleList(SideBlock(side, config.block, config.heads, causal) for _ in self.taps[1:])
         self.up = nn.Linear(side, width, bias=False)
-        nn.init.zeros_(self.up.weight)
+        if config.mix == "gated":
+            self.mix = Mix(width)
+        else:
+            nn.init.zeros_(self.up.weight)
+        if config.initial_weights == "magnitude":
+            start_from_backbone(self.downs, self.side_blocks, [mlps[tap - 1] for tap in self.taps[1:]], width)
         self.to(next(base.parameters()).device)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of what the head reads."""
+        return next(p.dtype for head in self._heads for p in head.parameters())
+
+    @property
+    def tapped_width(self) -> int:
+        """Numbers of one tap that a cache holds a token: r after a frozen downsample, d before one that trains."""
+        frozen = self.side_config.downsample in FROZEN_DOWNSAMPLES
+        return self.width // self.side_config.reduction if frozen else self.width
+
+    @property
+    def cached_width(self) -> int:
+        """Width of the ``inputs_embeds`` of a token whose features come from a cache: all taps and the final state."""
+        return len(self.taps) * self.tapped_width + self.width
 
     def __getattr__(self, name: str):
         """Whatever `transformers` asks of the base module (embed_tokens, dtype, get_input_embeddings) the backbone answers."""
@@ -153,6 +139,24 @@ class SideNetwork(nn.Module):
         if self.causal and self.side_config.block == "attention":
             kwargs["use_cache"] = False
         kwargs["return_dict"] = True
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and embeds.shape[-1] == self.cached_width:
+            outputs = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=embeds[..., -self.width:])
+            taps = embeds[..., :-self.width].split(self.tapped_width, -1)
+            features = dict(zip(self.taps, taps))
+        else:
+            outputs, features = self._run_backbone(input_ids, attention_mask, **kwargs)
+        state = self._climb(features, self._mask(attention_mask, outputs.last_hidden_state))
+        hidden, change = outputs.last_hidden_state, self.up(normalise(state))
+        hidden = hidden.to(torch.promote_types(hidden.dtype, self.output_dtype))
+        mixed = self.mix(hidden, change) if self.side_config.mix == "gated" else hidden + change.to(hidden.dtype)
+        changed = {"last_hidden_state": mixed.to(self.output_dtype)}
+        if self.pooler is not None:
+            changed["pooler_output"] = self.pooler(changed["last_hidden_state"])
+        return type(outputs)(**{**outputs, **changed})  # built anew: the heads read the entries by position
+
+    def _run_backbone(self, input_ids, attention_mask, **kwargs) -> tuple:
+        """The base module's outputs, and the tapped features: normalised, and downsampled where that is frozen."""
         features = {}
         handles = self._collect(features)
         try:
@@ -161,33 +165,41 @@ class SideNetwork(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
-        state = self._climb(features, self._mask(attention_mask, features[0]))
-        hidden = outputs.last_hidden_state
-        changed = {"last_hidden_state": hidden + self.up(normalise(state)).to(hidden.dtype)}
-        if self.pooler is not None:
-            changed["pooler_output"] = self.pooler(changed["last_hidden_state"])
-        return type(outputs)(**{**outputs, **changed})  # built anew: the heads read the entries by position
+        return outputs, features
+
+    def cacheable_features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[
+            Float[Tensor, "batch tokens taps tapped"], Float[Tensor, "batch tokens width"]]:
+        """What the ladder reads of a batch, and the final hidden state that the head reads."""
+        outputs, features = self._run_backbone(input_ids, attention_mask, **({"use_cache": False} if self.causal else {}))
+        return torch.stack([features[tap] for tap in self.taps], 2), outputs.last_hidden_state
 
     def _collect(self, features: dict[int, Tensor]) -> list:
         """Hooks that keep the tapped features of this call."""
         blocks = self._blocks[0]
+        frozen = self.side_config.downsample in FROZEN_DOWNSAMPLES
+
+        def keep(tap: int, h: Tensor) -> None:
+            h = normalise(h.to(self.up.weight.dtype))
+            features[tap] = self.downs[self.taps.index(tap)](h) if frozen else h
 
         def keep_input(module, args, kwargs):
-            features[0] = args[0] if args else kwargs["hidden_states"]
+            keep(0, args[0] if args else kwargs["hidden_states"])
 
         def keeper(tap):
             def keep_output(module, args, output):
-                features[tap] = output[0] if isinstance(output, tuple) else output
+                keep(tap, output[0] if isinstance(output, tuple) else output)
             return keep_output
 
         return [blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True),
                 *(blocks[tap - 1].register_forward_hook(keeper(tap)) for tap in self.taps[1:])]
 
     def _climb(self, features: dict[int, Tensor], mask: Tensor | None) -> Float[Tensor, "batch tokens side"]:
-        dtype = self.up.weight.dtype
-        state = self.downs[0](normalise(features.pop(0).to(dtype)))
-        for tap, down, gate, block in zip(self.taps[1:], self.downs[1:], self.gates, self.side_blocks):
-            state = block(gate(state, down(normalise(features.pop(tap).to(dtype)))), mask)
+        dtype, frozen = self.up.weight.dtype, self.side_config.downsample in FROZEN_DOWNSAMPLES
+        z = [features.pop(tap).to(dtype) if frozen else down(features.pop(tap).to(dtype))
+             for tap, down in zip(self.taps, self.downs)]
+        state = z[0]
+        for new, gate, block in zip(z[1:], self.gates, self.side_blocks):
+            state = block(gate(state, new), mask)
         return state
 
     def _mask(self, attention_mask: Tensor | None, h: Tensor) -> Tensor | None:
@@ -210,6 +222,7 @@ def _thaw(module: nn.Module) -> nn.Module:
     return module.requires_grad_(True)
 
 
+@recorded
 def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNetworkConfig()) -> nn.Module:
     """Puts a side network beside the model's backbone, in place: the same model comes back.
 
@@ -231,14 +244,14 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     causal = family in ("gpt2", "opt", "llama")
     # OPT's language model calls the decoder inside its base module, so the ladder goes there.
     owner, attribute = (view.base, "decoder") if family == "opt" else (backbone, name)
-    side = SideNetwork(getattr(owner, attribute), view.blocks, view.width, config, causal)
+    side = SideNetwork(getattr(owner, attribute), view.blocks, view.mlps, list(view.heads.values()), view.width, config, causal)
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
     setattr(owner, attribute, side)
-    for module in (side.downs, side.gates, side.side_blocks, side.up, side.pooler):
+    for module in (side.downs, side.gates, side.side_blocks, side.up, getattr(side, "mix", None), side.pooler):
         if module is not None:
             module.requires_grad_(True)
     if not view.tied:
         for head, module in view.heads.items():
-            module.requires_grad_(True)
+            module.to(side.up.weight.dtype).requires_grad_(True)  # a backbone in bfloat16 keeps its heads in float32
     return backbone

@@ -42,7 +42,8 @@ def written_out(dense, pairs, lookups, batch, rows, columns):
 
 
 def held_of(dense, pairs, lookups, shape, dense_only=False, bookkeeping="memory"):
-    held = HeldGradient(torch.Size(shape), bookkeeping, dense_only)
+    parts = [*dense, *(left for left, _ in pairs), *(values for _, values in lookups)]
+    held = HeldGradient(torch.Size(shape), parts[0].dtype, bookkeeping, dense_only)
     for part in dense:
         held.add_dense(part)
     for pair in pairs:
@@ -77,6 +78,7 @@ def test_any_mixture_has_the_norm_and_the_sum_of_its_total(batch, rows, columns,
     total = torch.ones(rows, columns, dtype=torch.float64)
     held.add_weighted_sum(total, factors, keep)
     torch.testing.assert_close(total, 1 + torch.einsum("b,brc->rc", factors * keep, want), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(held.add_weighted_sum(None, factors, keep), total - 1, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kinds", [(1, 1, 0), (1, 0, 1), (0, 1, 1), (0, 2, 0), (0, 0, 2), (2, 2, 2)])

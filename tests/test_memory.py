@@ -1,11 +1,12 @@
-"""`memory`: the measured peak is the one that can be counted by hand, and comes out the same every time."""
+"""`memory`: measured peaks and saved bytes are those that can be counted by hand, and come out the same every time."""
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from memarc_utils.memory import StepCost, measure_step
-from tests.models import plan_for_tests, private_sgd
+from memarc_utils.memory import SavedBytes, StepCost, held_bytes, measure_step, saved_bytes
+from tests.models import padded_batch, plan_for_tests, private_sgd, tiny
 
 KILO = 1000  # float32 numbers: 4,000 bytes
 
@@ -94,3 +95,147 @@ def test_repeats_must_be_positive():
     with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
         measure_step(lambda: None, repeats=0)
     assert StepCost(2_000_000, 0.5).peak_megabytes == 2.0
+
+
+# What autograd keeps: closed forms, in float32 numbers of 4 bytes.
+
+ROWS, WIDE, OUT = 6, 10, 5  # sizes that no sum of the others gives
+
+
+def activation():
+    """A tensor that needs a gradient and is not a leaf, as inside a model; multiplying by a number saves nothing."""
+    return torch.ones(ROWS, WIDE, requires_grad=True) * 2
+
+
+def linear(weight, bias):
+    layer = nn.Linear(WIDE, OUT)
+    layer.weight.requires_grad, layer.bias.requires_grad = weight, bias
+    return layer
+
+
+@pytest.mark.parametrize("layer, want", [
+    (linear(True, True), ROWS * WIDE),
+    (linear(False, True), 0),
+    (linear(False, False), 0),
+    (nn.GELU(), ROWS * WIDE),
+    (nn.ReLU(), ROWS * WIDE),
+    (nn.Softmax(-1), ROWS * WIDE),
+    (nn.LayerNorm(WIDE), ROWS * WIDE + 2 * ROWS),
+    (nn.LayerNorm(WIDE).requires_grad_(False), ROWS * WIDE + 2 * ROWS),
+    (nn.Sequential(nn.Linear(WIDE, WIDE), nn.ReLU(), nn.Linear(WIDE, OUT)), 2 * ROWS * WIDE),
+    (nn.Sequential(nn.Linear(WIDE, WIDE), nn.GELU(), nn.Linear(WIDE, OUT)), 3 * ROWS * WIDE),
+], ids=["linear", "bias only", "frozen linear", "gelu", "relu", "softmax", "layer norm", "frozen layer norm",
+        "relu's output, shared", "gelu"])
+def test_saved_bytes_that_can_be_counted(layer, want):
+    x = activation()
+    assert saved_bytes(lambda: layer(x)).total == 4 * want
+
+
+def test_a_checkpoint_keeps_its_input_alone():
+    """Four layers in two checkpointed halves: an input each, whatever happens inside."""
+    def half():
+        return nn.Sequential(nn.Linear(WIDE, WIDE), nn.GELU(), nn.LayerNorm(WIDE), nn.Linear(WIDE, WIDE))
+
+    halves, x = [half(), half()], activation()
+    model = nn.Sequential(*halves)
+
+    def checkpointed():
+        return checkpoint(halves[1], checkpoint(halves[0], x, use_reentrant=False), use_reentrant=False)
+
+    assert saved_bytes(checkpointed).storages == (4 * ROWS * WIDE, 4 * ROWS * WIDE)
+    assert saved_bytes(lambda: model(x)).total == 2 * 4 * (4 * ROWS * WIDE + 2 * ROWS)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        square = x * x
+        ctx.save_for_backward(x, square)
+        return x * square
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad * ctx.saved_tensors[1]
+
+
+def test_custom_functions_are_seen_and_still_run():
+    x = activation()
+    assert saved_bytes(lambda: Cube.apply(x)).storages == (4 * ROWS * WIDE,) * 2
+    leaf = torch.full((3,), 2.0, requires_grad=True)
+    results = []
+
+    def forward():
+        results.append(Cube.apply(leaf).sum())
+        return results[0]
+
+    saved_bytes(forward)
+    results[0].backward()  # the graph stays usable after it was counted
+    assert leaf.grad.tolist() == [12.0] * 3
+
+
+def test_each_storage_counts_once_and_in_full():
+    """x ⊙ x saves x twice, and a saved view keeps the whole storage behind it alive."""
+    x = activation()
+    assert saved_bytes(lambda: x * x).total == 4 * ROWS * WIDE
+    assert saved_bytes(lambda: x[:1].tanh() + x[1:2].square().sum()).storages == (4 * WIDE, 4 * ROWS * WIDE)
+
+
+def test_what_is_released_or_needs_no_gradient_is_not_counted():
+    x, layer = activation(), nn.Linear(WIDE, OUT)
+
+    def first_graph_is_dropped():
+        torch.tanh(layer(x)).sum().backward(retain_graph=True)
+        return torch.tanh(layer(x))
+
+    assert saved_bytes(first_graph_is_dropped).total == 4 * (ROWS * WIDE + ROWS * OUT)
+    with torch.no_grad():
+        assert saved_bytes(lambda: torch.tanh(layer(x))) == SavedBytes(0, ())
+    assert saved_bytes(lambda: torch.tanh(torch.ones(3))).megabytes == 0
+
+
+def test_parameters_are_recognised_and_buffers_are_the_models():
+    """A frozen weight is saved for the gradient of the input, and stands anyway. So do a normalisation's statistics."""
+    x, norm = activation(), nn.BatchNorm1d(WIDE).eval()
+    assert saved_bytes(lambda: linear(False, False)(x)).total == 0
+    assert saved_bytes(lambda: norm(x)).total == 4 * ROWS * WIDE + 2 * 4 * WIDE
+    assert saved_bytes(lambda: norm(x), norm).total == 4 * ROWS * WIDE
+    detached = linear(False, False)
+    assert saved_bytes(lambda: x @ detached.weight.detach().T).total == 4 * WIDE * OUT
+    assert saved_bytes(lambda: x @ detached.weight.detach().T, detached).total == 0
+
+
+def test_it_counts_without_memory():
+    """Tensors on `meta` have shapes and no content: a model of any size can be asked."""
+    layer = nn.Sequential(nn.Linear(WIDE, WIDE), nn.GELU(), nn.Linear(WIDE, OUT)).to("meta")
+    x = activation().to("meta")
+    assert saved_bytes(lambda: layer(x)).total == 3 * 4 * ROWS * WIDE
+
+
+def test_the_allocator_says_the_same():
+    """All that a forward pass leaves allocated is what autograd keeps, and the result."""
+    model = tiny("roberta", hidden=64, layers=3)
+    batch = {name: t for name, t in padded_batch(model, batch=4, tokens=16).items() if name != "labels"}
+
+    def forward():
+        return model(**batch).logits.sum()
+
+    saved, held = saved_bytes(forward, model).total, held_bytes(forward)
+    assert saved > 3 * 16 * 4 * 16 * 64 * 4  # 16 BTd a layer
+    assert held == pytest.approx(saved, rel=0.01)
+
+
+def test_the_engine_keeps_no_more_than_plain_training():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh(), nn.Linear(WIDE, OUT)), activation()
+    plain = saved_bytes(lambda: model(x)).total
+    assert plain == 2 * 4 * ROWS * WIDE
+    private = private_sgd(model, plan_for_tests())
+    try:
+        assert saved_bytes(lambda: model(x)).total == plain
+    finally:
+        private.detach()
+
+
+def test_a_forward_without_result_is_refused():
+    with pytest.raises(ValueError, match="return the loss"):
+        saved_bytes(lambda: None)

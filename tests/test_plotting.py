@@ -63,3 +63,22 @@ def test_lines_know_methods():
 def test_what_cannot_be_drawn_is_refused(draw, said):
     with pytest.raises(ValueError, match=said):
         draw()
+
+
+def test_stacked_bars_add_up():
+    table = TABLE.assign(weights=[500.0, 100.0], activations=[400.0, 200.0], name=["plain", "beside"])
+    axes = plotting.plot_stacked_bars(table, ["weights", "activations"], label="MB", names="name")
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 500), (0, 100), (500, 400), (100, 200)]
+    assert [text.get_text() for text in axes.texts] == ["900", "300"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plain", "beside"]
+    assert [to_hex(label.get_color()).upper() for label in axes.get_yticklabels()] == ["#000000", "#D55E00"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["weights", "activations"]
+    axes = plotting.plot_stacked_bars(table, ["weights"], label="MB", mark="peak_memory_mb")
+    assert axes.lines[0].get_xydata().tolist() == [[900.0, 0.0], [300.0, 1.0]]
+    assert [text.xy[0] for text in axes.texts] == [900, 300]  # the sums stand beside the diamonds
+    with pytest.raises(ValueError, match="no part to draw"):
+        plotting.plot_stacked_bars(table, [], label="MB")
+    with pytest.raises(ValueError, match="below zero"):
+        plotting.plot_stacked_bars(table.assign(weights=-1.0), ["weights"], label="MB")
+    with pytest.raises(ValueError, match="no column gradients"):
+        plotting.plot_stacked_bars(table, ["gradients"], label="MB")

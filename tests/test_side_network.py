@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from memarc_utils.adapters import add_lora
-from memarc_utils.side_network import Gate, SideBlock, SideNetwork, SideNetworkConfig, attach_side_network
+from memarc_utils.side_blocks import Gate, Mix, Orthogonal, Pooled, SideBlock
+from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
 from memarc_utils.training import parameter_groups
 from tests.models import CASE_IDS, CASES, loop_gradients, padded_batch, plain_losses, private_sgd, seeded, shake, tiny
 
-BLOCKS = ("mlp", "attention")
+BLOCKS = ("mlp", "attention", "adapter")
 DECODERS = [case for case in CASES if case[1] == "causal_lm"]
 DECODER_IDS = [name for name, case in zip(CASE_IDS, CASES) if case in DECODERS]
 
@@ -187,7 +188,7 @@ def test_attention_lets_tokens_of_an_example_meet_and_the_mlp_does_not():
     changed[:, 4] = changed[:, 4].flip(-1)
     for block, causal in (("mlp", False), ("attention", False), ("attention", True)):
         torch.manual_seed(0)
-        layer = SideBlock(8, config(block), causal)
+        layer = SideBlock(8, block, 2, causal)
         moved = (layer(batch, None) - layer(changed, None)).abs().sum(-1)[0] > 1e-6
         moves[block, causal] = moved.tolist()
     assert moves["mlp", False] == [False] * 4 + [True, False]
@@ -198,7 +199,7 @@ def test_attention_lets_tokens_of_an_example_meet_and_the_mlp_does_not():
 @pytest.mark.parametrize("every, layers, taps",
                          [(1, 3, [0, 1, 2, 3]), (2, 4, [0, 2, 4]), (2, 3, [0, 1, 3]), (5, 3, [0, 3])])
 def test_taps_always_include_the_last_block(every, layers, taps):
-    model = attach_side_network(tiny("gpt2", layers=layers), config(every=every))
+    model = attach_side_network(tiny("gpt2", layers=layers), config(layers=every))
     side = side_of(model)
     assert side.taps == taps
     assert len(side.downs) == len(taps) and len(side.side_blocks) == len(side.gates) == len(taps) - 1
@@ -244,9 +245,9 @@ def test_outputs_are_those_of_the_transformers_model():
 # --------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("changes, message", [
     (dict(reduction=0), "reduction must be a whole number >= 1, got 0"),
-    (dict(every=-1), "every must be a whole number >= 1, got -1"),
+    (dict(layers=-1), "layers must be 'all' or a whole number k >= 1"),
     (dict(heads=0), "heads must be a whole number >= 1"),
-    (dict(block="ghost"), "block must be one of mlp, attention, got 'ghost'"),
+    (dict(block="ghost"), "block must be one of mlp, attention, adapter, got 'ghost'"),
 ])
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,154 @@
+"""The frozen backbone's features, computed once and kept on disk: every later epoch costs the side network alone.
+
+The backbone of a side network runs in evaluation mode, so an example's features are the same in every epoch. They are written
+once, a token after the other, to memory-mapped files: the tapped features in bfloat16 (at side width r after a frozen
+downsample, else at width d), the final hidden state that the head reads in float32, so that training still starts exactly
+at the pre-trained model. ``tokens · (2 · taps · width + 4 · d)`` bytes in all.
+
+Privacy is unchanged: an example's features depend on that example alone, and only the side network's clipped gradients leave
+the machine. The cache itself is private data and belongs where the data set is.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from memarc_utils.backbones import REPOSITORY
+from memarc_utils.batch_selection import pad_rows
+from memarc_utils.side_network import SideNetwork
+
+_FORMAT = 1
+_ROWS_PER_SHARD = 4096
+
+
+def side_of(model: nn.Module) -> SideNetwork:
+    """The side network of a prepared model.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, SideNetwork):
+            return module
+    raise ValueError(f"this {type(model).__name__} has no side network: call attach_side_network first")
+
+
+def cache_bytes(model: nn.Module, num_tokens: int) -> int:
+    """Bytes on disk of the features of ``num_tokens`` tokens (all tokens of the data set, without padding)."""
+    side = side_of(model)
+    return num_tokens * (2 * len(side.taps) * side.tapped_width + 4 * side.width)
+
+
+class CachedFeatures:
+    """A data set whose rows bring their features along, as ``inputs_embeds``: what a side network takes in place of running its
+    backbone. Has ``len`` and ``[i]``; the rows are read from memory-mapped files in any order.
+
+    Attributes:
+        folder: where the files lie.
+    """
+
+    def __init__(self, dataset, folder: Path) -> None:
+        self.dataset, self.folder = dataset, folder
+        described = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        self._starts = np.load(folder / "starts.npy")
+        self._shards: list[tuple[np.ndarray, np.ndarray]] = []
+        for number in range(described["shards"]):
+            taps = np.memmap(folder / f"taps_{number:04}.bin", np.int16, "r").reshape(-1, described["taps"] * described["width"])
+            final = np.memmap(folder / f"final_{number:04}.bin", np.float32, "r").reshape(-1, described["final"])
+            self._shards.append((taps, final))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict:
+        number = i // _ROWS_PER_SHARD
+        first = number * _ROWS_PER_SHARD
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {i} of {len(self)}")
+        start, end = self._starts[i] - self._starts[first], self._starts[i + 1] - self._starts[first]
+        taps, final = (torch.from_numpy(np.array(part[start:end])) for part in self._shards[number])
+        return {**self.dataset[i], "inputs_embeds": torch.cat([taps.view(torch.bfloat16).float(), final], 1)}
+
+
+def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str | Path | None = None,
+                   progress: Callable | None = None) -> CachedFeatures:
+    """Computes what is missing of the cache, and opens it.
+
+    Files are named by what they depend on: the rows' tokens, the backbone's weights, the taps and the frozen downsample. A cache
+    of anything else is never read. A shard is written to another name first, so an interrupted run goes on where it stopped.
+
+    Args:
+        model: prepared by `attach_side_network`.
+        dataset: rows with ``input_ids``, in a fixed order.
+        batch_size: rows of one pass through the backbone.
+        folder: parent of the cache's folder; ``build/features`` by default.
+        progress: wraps the iteration over shards, for instance ``training.progress``.
+
+    Raises:
+        ValueError: no side network, no rows, or not enough room on the disk.
+    """
+    side = side_of(model)
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty: there are no features to keep")
+    lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    parent = Path(folder) if folder is not None else REPOSITORY / "build" / "features"
+    place = parent / _key(side, dataset)
+    if not (place / "complete.json").is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        needed, free = cache_bytes(model, sum(lengths)), shutil.disk_usage(place).free
+        if needed > free:
+            raise ValueError(f"the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: a frozen downsample (pooled, "
+                             "orthogonal) is kept at side width, and layers=2 keeps half; or give another folder")
+        shards = range(0, len(dataset), _ROWS_PER_SHARD)
+        for number, start in enumerate(progress(shards, "features", len(shards)) if progress else shards):
+            if not (place / f"final_{number:04}.bin").is_file():
+                _write_shard(model, side, dataset, range(start, min(start + _ROWS_PER_SHARD, len(dataset))), batch_size, place, number)
+        np.save(place / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        _put(place / "complete.json", json.dumps({"shards": len(shards), "taps": len(side.taps), "width": side.tapped_width,
+                                                  "final": side.width}).encode())
+    return CachedFeatures(dataset, place)
+
+
+@torch.no_grad()
+def _write_shard(model, side: SideNetwork, dataset, rows: range, batch_size: int, place: Path, number: int) -> None:
+    device, pad = next(model.parameters()).device, getattr(side.config, "pad_token_id", None) or 0
+    taps: dict[int, Tensor] = {}
+    final: dict[int, Tensor] = {}
+    order = sorted(rows, key=lambda i: len(dataset[i]["input_ids"]))  # rows of like length together: less padding
+    for start in range(0, len(order), batch_size):
+        some = order[start:start + batch_size]
+        batch = pad_rows([{"input_ids": list(dataset[i]["input_ids"])} for i in some], pad)
+        tapped, last = side.cacheable_features(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        for row, i in enumerate(some):
+            length = len(dataset[i]["input_ids"])
+            taps[i], final[i] = tapped[row, :length].flatten(1).bfloat16().cpu(), last[row, :length].float().cpu()
+    _put(place / f"taps_{number:04}.bin", torch.cat([taps[i] for i in rows]).view(torch.int16).numpy().tobytes())
+    _put(place / f"final_{number:04}.bin", torch.cat([final[i] for i in rows]).numpy().tobytes())  # last: it says the shard is whole
+
+
+def _put(path: Path, content: bytes) -> None:
+    """The file is whole or it is not there, also when two processes write it at once."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        file.write(content)
+    Path(file.name).replace(path)
+
+
+def _key(side: SideNetwork, dataset) -> str:
+    """sha256 over everything that the features depend on."""
+    digest = hashlib.sha256(f"{_FORMAT} {_ROWS_PER_SHARD} {side.taps} {side.tapped_width} {side.width}".encode())
+    if side.tapped_width != side.width:
+        digest.update(f"{side.side_config.downsample}".encode())
+    for name, tensor in sorted(side.backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim()
+                      else str(tensor.item()).encode())
+    for i in range(len(dataset)):
+        digest.update(np.asarray(dataset[i]["input_ids"], dtype=np.int64).tobytes() + b";")
+    return digest.hexdigest()[:24]

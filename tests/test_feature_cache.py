@@ -1,0 +1,134 @@
+"""`feature_cache`: the same losses and gradients as without it, for every architecture; and never a stale or broken file."""
+
+import json
+
+import pytest
+import torch
+
+from memarc_utils import feature_cache
+from memarc_utils.batch_selection import pad_rows
+from memarc_utils.feature_cache import CachedFeatures, cache_bytes, cache_features, side_of
+from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from tests.models import CASE_IDS, CASES, loop_gradients, plain_losses, private_sgd, seeded, shake, tiny
+
+DOWNSAMPLES = ("learned", "low_rank", "pooled", "orthogonal")
+
+
+class Rows(list):
+    """Rows of 3 to 9 tokens."""
+
+    def __init__(self, task="classification", count=11, seed=0):
+        generator = seeded(seed)
+        for i in range(count):
+            ids = torch.randint(3, 101, (3 + i % 7,), generator=generator).tolist()
+            super().append({"input_ids": ids, "labels": i % 2 if task == "classification" else ids})
+
+
+def model_of(case=CASES[0], seed=0, **config):
+    return shake(attach_side_network(tiny(*case, seed=seed), SideNetworkConfig(**{**dict(reduction=4, heads=2), **config})))
+
+
+def losses(model, rows):
+    return plain_losses(model, pad_rows(rows, getattr(model.config, "pad_token_id", 0) or 0))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=CASE_IDS)
+def test_the_same_losses_and_gradients_without_the_backbone(number, tmp_path):
+    """To the precision of bfloat16 features; and the backbone does not run."""
+    case, downsample = CASES[number], DOWNSAMPLES[number % 4]
+    model, rows = model_of(case, downsample=downsample), Rows(case[1])
+    cached = cache_features(model, rows, batch_size=4, folder=tmp_path)
+    want, plain = losses(model, list(rows)), list(rows)
+    side_of(model).backbone.register_forward_pre_hook(lambda *_: pytest.fail("the backbone ran"))
+    got = losses(model, [cached[i] for i in range(len(cached))])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * float(want.detach().mean()))
+    private = private_sgd(model)
+    private.backward(losses(model, [cached[i] for i in range(4)]))
+    private.step()
+    assert len(cached) == len(plain) == 11
+
+
+def test_the_start_is_exact(tmp_path):
+    """The final states stay in float32: before training the cached model gives the pre-trained logits, bit for bit but for the
+    padding's effect on the order of sums."""
+    for case in (CASES[0], CASES[3]):
+        plain, rows = tiny(*case), Rows(case[1])
+        with torch.no_grad():
+            want = losses(plain, list(rows)[:1])
+            model = attach_side_network(plain, SideNetworkConfig(reduction=4, heads=2))
+            cached = cache_features(model, rows, batch_size=1, folder=tmp_path / case[0])
+            assert torch.equal(losses(model, [cached[0]]), want)
+
+
+def test_gradients_of_a_side_network_in_float64_are_those_of_a_loop_on_cached_rows(tmp_path):
+    model, rows = model_of(downsample="orthogonal", gate="vector", mix="gated"), Rows()
+    cached = cache_features(model, rows, folder=tmp_path)
+    batch = pad_rows([cached[i] for i in range(4)])
+    want = loop_gradients(model, batch)
+    private = private_sgd(model)
+    private.sampler.backward(plain_losses(model, batch), torch.ones_like)
+    for name, got in private.clipped_sum().items():
+        torch.testing.assert_close(got, want[name].sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(downsample="pooled"), dict(layers=2), dict(reduction=2, downsample="pooled")])
+def test_another_backbone_or_config_or_data_set_has_another_cache(change, tmp_path):
+    model, rows = model_of(), Rows()
+    first = cache_features(model, rows, folder=tmp_path).folder
+    assert cache_features(model_of(block="mlp", gate="none"), rows, folder=tmp_path).folder == first  # the ladder is not in it
+    assert cache_features(model_of(**change), rows, folder=tmp_path).folder != first
+    assert cache_features(model, Rows(seed=1), folder=tmp_path).folder != first
+    assert cache_features(model, Rows(count=10), folder=tmp_path).folder != first
+
+
+def test_an_interrupted_cache_goes_on_and_a_half_written_one_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_ROWS_PER_SHARD", 4)
+    model, rows = model_of(), Rows()
+    write, written = feature_cache._write_shard, []
+
+    def interrupted(*arguments):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(arguments[-1])
+        write(*arguments)
+
+    monkeypatch.setattr(feature_cache, "_write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache_features(model, rows, folder=tmp_path)
+    [place] = tmp_path.iterdir()
+    assert not (place / "complete.json").exists()
+    with pytest.raises(FileNotFoundError):
+        CachedFeatures(rows, place)
+    (place / "taps_0001.bin").unlink()
+    (place / "final_0001.bin").unlink()  # as if the second shard had been cut off
+    (place / ".final_0001.bin-half").write_bytes(b"half")
+    written.clear()
+    monkeypatch.setattr(feature_cache, "_write_shard", lambda *arguments: (written.append(arguments[-1]), write(*arguments)))
+    cached = cache_features(model, rows, folder=tmp_path)
+    assert written == [1, 2]  # the first was there
+    want = losses(model, list(rows))
+    torch.testing.assert_close(losses(model, [cached[i] for i in range(11)]), want, rtol=0, atol=2e-3)
+
+
+def test_rows_are_read_in_any_order_and_the_size_is_as_planned(tmp_path):
+    model, rows = model_of(), Rows()
+    cached = cache_features(model, rows, folder=tmp_path, batch_size=3)
+    side = side_of(model)
+    for i in (7, 0, 10, 7):
+        assert cached[i]["inputs_embeds"].shape == (len(rows[i]["input_ids"]), side.cached_width)
+        assert cached[i]["labels"] == rows[i]["labels"]
+    with pytest.raises(IndexError):
+        cached[11]
+    planned = cache_bytes(model, sum(len(row["input_ids"]) for row in rows))
+    assert planned == sum(f.stat().st_size for f in cached.folder.glob("*.bin"))
+    assert json.loads((cached.folder / "complete.json").read_text())["shards"] == 1
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="has no side network: call attach_side_network first"):
+        cache_features(tiny("bert"), Rows(), folder=tmp_path)
+    with pytest.raises(ValueError, match="the data set is empty"):
+        cache_features(model_of(), [], folder=tmp_path)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(ValueError, match="GB are free: a frozen downsample .* is kept at side width"):
+        cache_features(model_of(), Rows(), folder=tmp_path)
