@@ -152,8 +152,8 @@ def _bottleneck(model_width: int, reduction: int | None, width: int | None) -> i
         return width
     reduction = 16 if reduction is None else reduction
     if not isinstance(reduction, int) or reduction < 1 or model_width % reduction:
-        raise ValueError(f"reduction must be a divisor of the model's width {model_width}, got {reduction!r}: change it, or give "
-                         "the bottleneck's width itself as width=")
+        raise ValueError(f"reduction must be a divisor of the model's width {model_width}, got {reduction!r}: change it, or "
+                         "give the bottleneck's width itself as width=")
     return model_width // reduction
 
 

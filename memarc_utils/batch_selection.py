@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.data_parallel import rank_and_size
+from memarc_utils.randomness import seed_from_operating_system
 
 # What the padding of a column is filled with; a column that is not named here is padded with 0.
 _PADDING = {"labels": -100}
@@ -100,8 +101,7 @@ class _Batches:
         self.dataset, self.plan, self.physical_batch_size = dataset, plan, physical_batch_size
         self.collate = collate or (lambda rows: pad_rows(rows, pad_token_id))
         if generator is None:
-            generator = torch.Generator()
-            generator.seed()  # from the operating system: who is in which batch must be unknown
+            generator = seed_from_operating_system(torch.Generator())  # who is in which batch must be unknown
         self.generator = generator
         self.steps_drawn = 0
 

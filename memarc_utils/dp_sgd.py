@@ -16,6 +16,7 @@ from memarc_utils.book_keeping import accumulation_dtype
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
+from memarc_utils.randomness import seed_from_operating_system
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sensitivity"]
@@ -67,8 +68,7 @@ class PrivateOptimizer:
         device = next((p.device for p in model.parameters() if p.requires_grad), None)
         self._generator_given = noise_generator is not None
         if noise_generator is None:
-            noise_generator = torch.Generator(device=device or "cpu")
-            noise_generator.seed()
+            noise_generator = seed_from_operating_system(torch.Generator(device=device or "cpu"))
         _check_generator(noise_generator)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.clipping, self.noise, self.noise_generator = clipping, noise, noise_generator
@@ -223,7 +223,7 @@ class PrivateOptimizer:
         if sampler is not None or self._generator_given:
             self.noise_generator.set_state(state["noise_generator"])
         else:
-            self.noise_generator.seed()
+            seed_from_operating_system(self.noise_generator)
         self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])

@@ -239,3 +239,52 @@ def plot_stacked_bars(
     axes.set_xlabel(label)
     axes.legend(handles=shown, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, columnspacing=1.2)
     return axes
+
+
+# Engines are no methods, so their colours are others (of Tol's muted set); a step without an engine is the black star.
+ENGINE_STYLE = {
+    "non-private": METHOD_STYLE["non-private"],
+    "book-keeping": Style("#117733", "d", "book-keeping"),
+    "opacus hooks": Style("#AA4499", ">", "opacus, hooks"),
+    "opacus ghost": Style("#332288", "<", "opacus, ghost"),
+}
+
+
+def plot_engines(table: pd.DataFrame, titles: Mapping[str, str] | None = None) -> list[Axes]:
+    """Time against memory of a step, relative to the same step without privacy: down and to the left is better.
+
+    Args:
+        table: one row a step, with the columns `method`, `engine`, `time_ratio`, `memory_ratio` and `checkpointing`; a
+            panel for each method, filled marks without activation checkpointing and hollow ones with it.
+        titles: `{method: title of its panel}`; the methods' labels when left out.
+
+    Raises:
+        ValueError: a missing column, an empty table, an unknown engine or method, a ratio that is not above zero.
+    """
+    _checked(table, ["method", "engine", "time_ratio", "memory_ratio", "checkpointing"])
+    if unknown := sorted(set(table["engine"]) - set(ENGINE_STYLE)):
+        raise ValueError(f"there is no style for engine {unknown[0]!r}; the engines are {', '.join(ENGINE_STYLE)}")
+    if not (table[["time_ratio", "memory_ratio"]] > 0).all(axis=None):
+        raise ValueError("a ratio is not above zero; give time and memory over those of the non-private step")
+    methods = list(dict.fromkeys(table["method"]))
+    names = {method: style(method).label for method in methods} | dict(titles or {})
+    size = (1.0 + 3.4 * len(methods), 3.9)
+    figure, panels = plt.subplots(1, len(methods), figsize=size, squeeze=False, layout="constrained")
+    shown = {}
+    for axes, method in zip(panels[0], methods):
+        for _, row in table[table["method"] == method].iterrows():
+            look = ENGINE_STYLE[row["engine"]]
+            label = look.label + (", checkpointed" if row["checkpointing"] else "")
+            filling = "none" if row["checkpointing"] else "full"
+            shown[label] = axes.plot(
+                row["memory_ratio"], row["time_ratio"], look.marker, color=look.color, markersize=12, fillstyle=filling
+            )[0]
+        axes.axhline(1, color="0.7", linewidth=1, zorder=0)
+        axes.axvline(1, color="0.7", linewidth=1, zorder=0)
+        axes.set(title=names[method], xlabel="memory over non-private")
+        axes.margins(0.15)
+        axes.set_xlim(min(axes.get_xlim()[0], 0.9), max(axes.get_xlim()[1], 1.5))
+        axes.set_ylim(min(axes.get_ylim()[0], 0.9), max(axes.get_ylim()[1], 1.5))
+    panels[0][0].set_ylabel("time over non-private")
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=min(3, len(shown)), numpoints=1)
+    return list(panels[0])

@@ -1,4 +1,5 @@
-"""`adapters`: each method starts exactly at the pre-trained model, trains what it says, and is clipped right in every family."""
+"""`adapters`: each method starts exactly at the pre-trained model, trains what it says, and is clipped right in all
+families."""
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def test_adapters_keep_the_dtype_of_the_layer():
 @pytest.mark.parametrize("arguments, words", [
     (dict(reduction=5), "a divisor of the model's width 32, got 5"), (dict(reduction=0), "a divisor"),
     (dict(width=0), "width must be a whole number >= 1, got 0"), (dict(width=2, reduction=2), "not both"),
-    (dict(after=()), "after must be"), (dict(after=("mlp", "head")), "after must be"), (dict(after=("mlp", "mlp")), "after must be"),
+    (dict(after=()), "after must be"), (dict(after=("mlp", "head")), "after must be"),
+    (dict(after=("mlp", "mlp")), "after must be"),
 ])
 def test_adapters_refuse_and_leave_the_model_alone(arguments, words):
     model = tiny("bert")

@@ -82,3 +82,35 @@ def test_stacked_bars_add_up():
         plotting.plot_stacked_bars(table.assign(weights=-1.0), ["weights"], label="MB")
     with pytest.raises(ValueError, match="no column gradients"):
         plotting.plot_stacked_bars(table, ["gradients"], label="MB")
+
+
+STEPS = pd.DataFrame(
+    {"method": ["full", "full", "lora", "lora"], "engine": ["non-private", "opacus hooks", "non-private", "book-keeping"],
+     "time_ratio": [1.0, 1.4, 1.0, 1.2], "memory_ratio": [1.0, 6.0, 1.0, 1.1], "checkpointing": [False, False, False, True]}
+)
+
+
+def test_engines_have_a_panel_for_each_method_and_a_look_of_their_own():
+    full, lora = plotting.plot_engines(STEPS, {"lora": "LoRA, T = 8"})
+    assert (full.get_title(), lora.get_title()) == ("full fine-tuning", "LoRA, T = 8")
+    points = {line.get_marker(): line.get_xydata()[0].tolist() for line in full.lines if line.get_marker() in ("*", ">")}
+    assert points == {"*": [1.0, 1.0], ">": [6.0, 1.4]}
+    assert [line.get_fillstyle() for line in lora.lines if line.get_marker() in ("*", "d")] == ["full", "none"]
+    legend = [text.get_text() for text in full.figure.legends[0].get_texts()]
+    assert legend == ["non-private", "opacus, hooks", "book-keeping, checkpointed"]
+    looks = [look for name, look in {**plotting.METHOD_STYLE, **plotting.ENGINE_STYLE}.items()]
+    assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (STEPS.drop(columns="checkpointing"), "no column checkpointing"),
+        (STEPS.replace("opacus hooks", "hooks"), "no style for engine 'hooks'"),
+        (STEPS.replace("lora", "lra"), "no style for method 'lra'"),
+        (STEPS.assign(time_ratio=0.0), "not above zero"),
+    ],
+)
+def test_engines_that_cannot_be_drawn_are_refused(table, said):
+    with pytest.raises(ValueError, match=said):
+        plotting.plot_engines(table)
