@@ -72,7 +72,7 @@ class Squares(NamedTuple):
 
     With ``w_t = ‖l_t‖ ‖r_t‖`` the size of one token's contribution: ``orthogonal = Σ_t w_t²`` is the squared norm if the
     contributions stood at right angles, ``aligned = Σ_t w_t`` the norm if all pointed one way. A norm far below the first
-    came out of cancellation, where float32 has lost digits; one below 1e-4 of the second cannot be told from rounding.
+    came out of cancellation, where float32 has lost digits; one below 1e-5 of the second cannot be told from rounding.
     """
 
     squared: Tensor
@@ -144,6 +144,7 @@ class HeldGradient:
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, bookkeeping: str = "memory", dense_only: bool = False) -> None:
         self.shape, self.dtype, self.bookkeeping, self.dense_only = shape, dtype, bookkeeping, dense_only
+        self._versions: list[tuple[Tensor, int]] = []
         self.dense: Tensor | None = None
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.lookups: list[tuple[Tensor, Tensor]] = []
@@ -158,6 +159,7 @@ class HeldGradient:
             self.add_dense(pair_gradient(left, right))
         else:
             self.pairs.append((left, right))
+            self._versions += [(t, t._version) for t in (left, right)]
 
     def add_lookup(self, indices: Int[Tensor, "batch tokens"], values: Float[Tensor, "batch tokens columns"]) -> None:
         """Holds the looked-up rows' gradients, or the whole table's where that is smaller (token types, relative positions)."""
@@ -166,6 +168,11 @@ class HeldGradient:
             self.add_dense(dense.scatter_add_(1, indices[..., None].expand_as(values), _wide(values)))
         else:
             self.lookups.append((indices, values))
+            self._versions += [(t, t._version) for t in (indices, values)]
+
+    def was_written(self) -> bool:
+        """Whether a held tensor was changed in place since: an operation below wrote into the gradient that it was given."""
+        return any(tensor._version != version for tensor, version in self._versions)
 
     def _merge(self) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
         """Several pairs are one pair with more tokens, Σ_k l_kᵀ r_k = [l_1; l_2]ᵀ[r_1; r_2]; lookups likewise."""
@@ -184,7 +191,7 @@ class HeldGradient:
         dense = None if self.dense is None else self.dense.to(torch.promote_types(self.dense.dtype, precision))
         parts = []
         if dense is not None:
-            norms = torch.linalg.vector_norm(dense.flatten(1), dim=1)
+            norms = torch.linalg.vector_norm(dense.reshape(len(dense), -1), dim=1)
             parts.append(Squares(norms.square(), norms.square(), norms))
         if pair is not None:
             parts.append(pair_squares(*pair, precision))
@@ -215,10 +222,11 @@ class HeldGradient:
         return torch.cat(parts)
 
     def add_weighted_sum(self, total: Float[Tensor, "..."] | None, factors: Float[Tensor, " batch"],
-                         keep: Bool[Tensor, " batch"] | None = None) -> Float[Tensor, "..."]:
+                         keep: Bool[Tensor, " batch"] | None = None, dtype: torch.dtype | None = None) -> Float[Tensor, "..."]:
         """``total + Σ_i factors_i · gradient_i``, in place where there is a total; examples outside ``keep`` (None: all are
-        in) add exactly nothing, even where their numbers are not finite (0·inf would be nan, so they are overwritten)."""
-        dtype = accumulation_dtype(self.dtype) if total is None else total.dtype
+        in) add exactly nothing, even where their numbers are not finite (0·inf would be nan, so they are overwritten).
+        ``dtype`` is that of a new total, the accumulation type by default."""
+        dtype = (dtype or accumulation_dtype(self.dtype)) if total is None else total.dtype
         factors = factors.to(dtype)
 
         def kept(tensor: Tensor) -> Tensor:
@@ -234,7 +242,7 @@ class HeldGradient:
             left, right = left.flatten(0, 1).t(), right.flatten(0, 1)
             total = left @ right if total is None else total.addmm_(left, right)
         if self.dense is not None:
-            weighted = (factors @ kept(self.dense.flatten(1))).view(self.shape)
+            weighted = (factors @ kept(self.dense.reshape(len(factors), -1))).view(self.shape)
             total = weighted if total is None else total.add_(weighted)
         for indices, values in self.lookups:
             if total is None:

@@ -42,11 +42,15 @@ def gather(value: object) -> list:
     return values
 
 
-def start_equal(model: nn.Module) -> None:
+def start_equal(model: nn.Module, promise: tuple) -> None:
     """Gives every rank rank 0's parameters and buffers, and refuses what would reduce gradients a second time.
 
+    Args:
+        model: the same on every rank, up to its numbers.
+        promise: the plan and whatever else the noise depends on; a rank that clips to another norm would not be covered.
+
     Raises:
-        ValueError: the model is wrapped by DistributedDataParallel, or trains other parameters on another rank.
+        ValueError: the model is wrapped by DistributedDataParallel, or a rank trains other parameters or has another plan.
     """
     if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError("take the plain model, not DistributedDataParallel: its hooks average gradients that were never clipped. "
@@ -56,6 +60,9 @@ def start_equal(model: nn.Module) -> None:
     trained = gather([(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad])
     if any(names != trained[0] for names in trained):
         raise ValueError("the ranks train different parameters: prepare the model in the same way on every rank")
+    promises = gather(promise)
+    if any(each != promises[0] for each in promises):
+        raise ValueError(f"the ranks have different plans: {promises}. Give every rank the same plan, clipping and noise")
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             from_first(tensor.data)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.book_keeping import accumulation_dtype
+from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
@@ -72,7 +72,7 @@ class PrivateOptimizer:
         _check_generator(noise_generator)
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.clipping, self.noise, self.noise_generator = clipping, noise, noise_generator
-        start_equal(model)
+        start_equal(model, (plan.to_dict(), clipping, noise))
         self.sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer")
         self.contribution_bound = contribution_bound(plan.max_grad_norm, clipping, self.sampler.num_groups)
         self.steps_taken = self.examples_dropped = self._finite_examples = 0
@@ -93,20 +93,18 @@ class PrivateOptimizer:
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
-        kept = int(finite.sum()) if len(losses) else 0
+        kept = int(finite.sum()) if holds_data(finite) else len(losses)
         self._finite_examples += kept
         self.examples_dropped += len(losses) - kept
 
     def step(self) -> None:
-        """Noise, divide, optimizer step, account. Without a `backward` before it (an empty batch) it is all noise.
+        """Noise, divide, optimizer step, account. Without a `backward` before it (an empty batch) it is all noise. A batch that
+        is given up half way needs `zero_grad`, or its examples are released with the next one's.
 
         Raises:
             ValueError: the plan's steps are spent, a gradient went past the clipper, or a trainable parameter was in no
                 backward pass.
         """
-        if self.steps_taken >= self.plan.num_steps:
-            raise ValueError(f"the plan pays for {self.plan.num_steps} steps and all are taken: make a plan with more steps "
-                             "from the beginning, its noise will be larger")
         self._check_before_step()
         try:
             for parameter, name in self.sampler.names.items():
@@ -129,23 +127,28 @@ class PrivateOptimizer:
             problem = None
         except ValueError as error:
             problem = str(error)
-        states = gather((problem, self._finite_examples, self.sampler.recorded if not self._training_checked else None))
-        if problems := [each for each, _, _ in states if each]:
+        unchecked = self.sampler.recorded if not self._training_checked else set()
+        states = gather((problem, self.steps_taken, self._finite_examples, unchecked))
+        if problems := [each for each, *_ in states if each]:
             raise ValueError(problem or f"another rank cannot step: {problems[0]}")
-        if not self._training_checked and any(finite for _, finite, _ in states):
-            recorded = set().union(*(each for _, _, each in states))
+        if len(set(steps := [taken for _, taken, *_ in states])) > 1:
+            raise ValueError(f"the ranks have taken {steps} steps: call private.step() on every rank once a batch, also where the local "
+                             "batch is empty, and resume all ranks from one step")
+        if not self._training_checked and any(finite for _, _, finite, _ in states):
+            recorded = set().union(*(each for *_, each in states))
             if missing := [n for n in self.sampler.names.values() if n not in recorded]:
                 raise ValueError(f"no backward pass reached {', '.join(missing[:5])}: it would be moved by noise alone. Freeze it "
                                  "(requires_grad_(False)) before make_private, or use it in the loss")
             self._training_checked = True
 
     def _check_this_rank(self) -> None:
+        if self.steps_taken >= self.plan.num_steps:
+            raise ValueError(f"the plan pays for {self.plan.num_steps} steps and all are taken: make a plan with more steps "
+                             "from the beginning, its noise will be larger")
         if self.sampler.foreign_backward:
             raise ValueError("a backward pass other than private.backward went through the model since the last step; it was "
                              "discarded. Call private.backward(losses) only, then private.zero_grad() and repeat the batch")
-        if self.sampler.half_done:
-            raise ValueError("the last private.backward stopped half way and part of it is in the sum: call private.zero_grad() and "
-                             "repeat the batch")
+        self.sampler.check_whole()
         self.sampler.check_parameters()
         _check_optimizer(self.model, self.optimizer)
 

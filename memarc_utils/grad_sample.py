@@ -11,22 +11,23 @@ import collections
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, holds_data
+from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, accumulation_dtype, holds_data
+from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
-from memarc_utils.model_checks import check_losses, check_no_batch_statistics, check_owner
+from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner
+from memarc_utils.probe import Probe
 
 MODES = ("book_keeping", "per_example")
 # A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
 _CANCELLED = 0.1
 # A norm is never called smaller than what float32's rounding of the sum could hide: this share, squared, of Σ ‖l_t‖‖r_t‖.
-_ROUNDING = 1e-8
-# The probe is repeated, once a step, until every layer's gradient was seen (what lies below a zero has none), not for ever.
-_MOST_PROBES = 8
+_ROUNDING = 1e-10
 
 
 class _RecordedLayer(torch.autograd.Function):
@@ -36,25 +37,42 @@ class _RecordedLayer(torch.autograd.Function):
     def forward(ctx, sampler, module, rule, batch, folded, num_inputs, *tensors):
         inputs = tensors[:num_inputs]
         ctx.sampler, ctx.module, ctx.rule, ctx.batch, ctx.folded = sampler, module, rule, batch, folded
-        ctx.num_inputs = num_inputs
-        kept = tensors if rule.needs_inputs(module) else tensors[num_inputs:]
-        ctx.save_for_backward(*kept)  # the parameters too: autograd then notices if one was changed in between
-        output = (nn.Embedding if rule is OPTPositionRule else type(module)).forward(module, *inputs)
+        ctx.num_inputs, ctx.recomputed = num_inputs, isinstance(rule, FunctionRule)
+        forward = (nn.Embedding if rule is OPTPositionRule else type(module)).forward
+        with OwnTensorsOnly([*tensors, *module.parameters()], sampler.names, type(module).__name__) if ctx.recomputed else nullcontext():
+            output = forward(module, *inputs)
         if not isinstance(output, Tensor):
             raise ValueError(f"a layer that trains must return one tensor; {type(module).__name__} returned a {type(output).__name__}: "
                              "freeze its own parameters, or move them into a layer of their own")
+        kept = tensors if rule.needs_inputs(module) else tensors[num_inputs:]
+        if ctx.recomputed:
+            device = output.device.type
+            ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) if device != "meta" else None
+            kept = (*kept, output)
+        ctx.save_for_backward(*kept)  # the parameters too: autograd then notices if one was changed in between
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        inputs = saved[:ctx.num_inputs] if ctx.rule.needs_inputs(ctx.module) else (None,) * ctx.num_inputs
+        module, rule, saved = ctx.module, ctx.rule, ctx.saved_tensors
+        inputs = saved[:ctx.num_inputs] if rule.needs_inputs(module) else (None,) * ctx.num_inputs
         needed = ctx.needs_input_grad[6:6 + ctx.num_inputs]
         grads = (None,) * ctx.num_inputs
-        if any(needed):
-            grads = ctx.rule.grad_inputs(ctx.module, inputs, grad_output, needed)
-        ctx.sampler.receive(ctx.module, ctx.rule, inputs, grad_output, ctx.batch, ctx.folded)
+        with _autocast_of(ctx, grad_output.device.type):
+            if ctx.recomputed:
+                rule.check_same(module, inputs, saved[-1])
+            if any(needed):
+                grads = rule.grad_inputs(module, inputs, grad_output, needed)
+            ctx.sampler.receive(module, rule, inputs, grad_output, ctx.batch, ctx.folded)
         return (None,) * 6 + tuple(grads) + (None,) * (len(ctx.needs_input_grad) - 6 - ctx.num_inputs)
+
+
+def _autocast_of(ctx, device: str):
+    """What is computed again is computed as it was: under the autocast of its forward."""
+    if not ctx.recomputed or ctx.autocast is None:
+        return nullcontext()
+    enabled, dtype = ctx.autocast
+    return torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 class _RecordingForward:
@@ -70,6 +88,9 @@ class _RecordingForward:
             return type(module).forward(module, *args, **kwargs)
         inputs, batch, folded = self.sampler.with_batch_axis(module, rule.inputs(module, *args, **kwargs))
         parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if folded and isinstance(rule, FunctionRule):
+            raise ValueError(f"{type(module).__name__} gets its rows folded to (batch · tokens, ...), which a per-example rule cannot take "
+                             "apart: give it inputs whose first axis is the batch")
         if any(p not in self.sampler.names for p in parameters):  # swapped by functional_call, or a new Parameter
             raise ValueError(f"a parameter of {type(module).__name__} was replaced since make_private: call private.detach(), change the "
                              "model, then call make_private again")
@@ -91,9 +112,7 @@ class GradSampler:
         bookkeeping: what is held of a matrix product: ``memory`` the smaller form, ``mixopt`` by the rule of BK-MixOpt.
         per_layer: clip each layer's gradient by itself, inside the backward pass. A layer is dropped as soon as its last
             use was seen, so nothing piles up over depth. Layers that share a parameter are one group.
-        probe: at the first backward of at least two examples, send only the last one's loss back and demand that it
-            reaches no other example's row anywhere; again until every layer was seen. So layers whose rows are no examples,
-            whatever their number, and losses that mix examples, raise.
+        probe: look for layers whose rows are no examples, whatever their number, and for losses that mix examples (see `Probe`).
 
     Attributes:
         names: trainable parameter to its (first) name in the model.
@@ -130,9 +149,7 @@ class GradSampler:
         self.recorded: set[str] = set()
         self.held_bytes: dict[str, int] = {}
         self.foreign_backward = self.half_done = False
-        self._probes_left = _MOST_PROBES if probe else 0
-        self._probe_due = True
-        self._unseen = {name for name, _ in owners}
+        self._probe = Probe({name for name, _ in owners} if probe else set())
         self._owner_names = {module: name for name, module in owners}
         self._batch: int | None = None
         self._tokens: int | None = None
@@ -143,7 +160,7 @@ class GradSampler:
             module.forward = _RecordingForward(self, module, rule)
         self._biases = [module for module in model.modules() if has_relative_bias(module)]
         for module in self._biases:
-            module.compute_bias = RelativeBias(module, lambda: self._recording_for or self._batch)
+            module.compute_bias = RelativeBias(module, lambda: self._recording_for or (self._batch if self._counting else None))
         # The model and, where a loss calls its base module directly, that one: both see the batch first.
         entries = {model, *(m for m in model.modules() if hasattr(m, "get_input_embeddings"))}
         self._hooks = [entry.register_forward_pre_hook(self._note_batch, with_kwargs=True) for entry in entries]
@@ -152,7 +169,6 @@ class GradSampler:
         """The state of one forward and backward pass."""
         self._held: dict[nn.Parameter, HeldGradient] = {}
         self._recording_for: int | None = None
-        self._probing: list[tuple[str, Tensor, Tensor]] | None = None
         self._calls: dict[int, int] = collections.defaultdict(int)
         self._clipped_groups: set[int] = set()
 
@@ -169,7 +185,8 @@ class GradSampler:
 
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
-        self.sums, self.foreign_backward, self.half_done, self._probe_due = {}, False, False, True
+        self.sums, self.foreign_backward, self.half_done = {}, False, False
+        self._probe.next_step()
         self._forget_backward()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -215,9 +232,8 @@ class GradSampler:
         if batch != self._recording_for:
             raise ValueError(f"the model was called with {batch} examples but backward got {self._recording_for} losses: "
                              "give exactly one loss for each example of the model call")
-        if self._probing is not None:
-            rows = (grad_output.unflatten(0, (batch, -1)) if folded else grad_output).nan_to_num(0, 0, 0)
-            self._probing.append((self._owner_names[module], rows[:-1].count_nonzero(), rows[-1].count_nonzero()))
+        if self._probe.running:
+            self._probe.look(self._owner_names[module], grad_output.unflatten(0, (batch, -1)) if folded else grad_output)
             return
         if folded:
             inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
@@ -240,9 +256,9 @@ class GradSampler:
             else:
                 raise ValueError(f"the rule for {self.names[parameter]} gave gradients of shape {tuple(tensors.shape)}, "
                                  f"expected {(batch, *parameter.shape)}")
-        if self.per_layer:
+        if self.per_layer and self._calls[group] > 0:  # a use that was not counted waits for the end of the backward pass
             self._calls[group] -= 1
-            if self._calls[group] <= 0:
+            if self._calls[group] == 0:
                 self._clip_and_add(group)
 
     def backward(self, losses: Float[Tensor, " batch"],
@@ -264,15 +280,13 @@ class GradSampler:
         if len(losses) == 0:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
         self.check_parameters()
+        self.check_whole()
         self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
         self._finite, self._group_squares = torch.isfinite(losses.detach()), []
-        self._finite_losses = self._finite
+        self._finite_losses, device = self._finite, losses.device.type
         try:
-            with torch.autocast(losses.device.type, enabled=False):
-                due = self._unseen and self._probes_left and self._probe_due
-                if due and len(losses) > 1 and holds_data(losses):
-                    self._probe(losses)
-                self.half_done = self.per_layer
+            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+                self._probe.run(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self.check_no_grad()
                 for group in sorted({self._groups[p] for p in self._held}):
@@ -286,55 +300,49 @@ class GradSampler:
             self._forget_backward()
             self._batch = self._tokens = None
 
-    def _probe(self, losses: Float[Tensor, " batch"]) -> None:
-        only_last = torch.zeros_like(losses)
-        only_last[-1] = 1
-        self._probing = []
-        try:
-            torch.autograd.backward(losses, only_last, retain_graph=True)
-            reached = [name for name, others, _ in self._probing if others > 0]
-            self._unseen -= {name for name, _, own in self._probing if own > 0}
-        finally:
-            self._probing = None
-        if reached:
-            raise ValueError(f"one example's loss reaches other examples' rows in the layer {reached[0] or 'of the model'}: examples "
-                             "meet there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
-                             "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
-        self._probes_left, self._probe_due = self._probes_left - 1, False
-
     @torch.no_grad()
     def _clip_and_add(self, group: int) -> None:
         """Norms of a group's whole gradients, factors, weighted sums; the records are dropped one by one as sums grow."""
         held = [(p, self._held.pop(p)) for p in [p for p in self._held if self._groups[p] == group]]
         if not held:
             return
-        self._clipped_groups.add(group)
         for parameter, gradient in held:
             self.held_bytes[self.names[parameter]] = sum(t.nbytes for t in gradient.tensors())
-        norms = self._norms([gradient for _, gradient in held], self._finite.device)
+            if gradient.was_written():
+                raise ValueError(f"an operation below the layer of {self.names[parameter]} wrote into the gradient that it was given: let "
+                                 "its backward return a new tensor")
+        norms, cancelled = self._norms([gradient for _, gradient in held], self._finite.device)
         keep = torch.isfinite(norms) & self._finite_losses
         factors = torch.where(keep, self._clip(norms.masked_fill(~keep, 0)), 0)
         self._group_squares.append(norms.square())
         self._finite = self._finite & torch.isfinite(norms)
         some_left_out = not (holds_data(keep) and bool(keep.all()))
+        self._clipped_groups.add(group)
+        self.half_done = True  # until the whole batch is in
         while held:
             parameter, gradient = held.pop()
             name, device = self.names[parameter], parameter.device
-            kept = keep.to(device) if some_left_out else None
-            self.sums[name] = gradient.add_weighted_sum(self.sums.get(name), factors.to(device), kept)
+            kept, total = keep.to(device) if some_left_out else None, self.sums.get(name)
+            if cancelled:  # float32 would lose in the sum what float64 has found in the norm
+                exact = gradient.add_weighted_sum(None, factors.to(device), kept, torch.float64)
+                self.sums[name] = exact.to(accumulation_dtype(parameter.dtype)) if total is None else total.add_(exact)
+            else:
+                self.sums[name] = gradient.add_weighted_sum(total, factors.to(device), kept)
             self.recorded.add(name)
 
     @staticmethod
-    def _norms(held: list[HeldGradient], device: torch.device) -> Float[Tensor, " batch"]:
-        """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small."""
+    def _norms(held: list[HeldGradient], device: torch.device) -> tuple[Float[Tensor, " batch"], bool]:
+        """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small, and
+        whether that was so."""
         def total(squares):
             return torch.stack([s.to(device) for s in squares]).sum(0)
 
         squared, orthogonal, aligned = zip(*(gradient.squares() for gradient in held))
         squared, floor = total(squared), _ROUNDING * total([a.square() for a in aligned])
-        if holds_data(squared) and bool((squared < _CANCELLED * total(orthogonal)).any()):
+        cancelled = holds_data(squared) and bool((squared < _CANCELLED * total(orthogonal)).any())
+        if cancelled:
             squared = total([gradient.squares(torch.float64).squared for gradient in held])
-        return torch.maximum(squared.to(floor.dtype), floor).sqrt()
+        return torch.maximum(squared.to(floor.dtype), floor).sqrt(), cancelled
 
     def check_no_grad(self) -> None:
         """No parameter of the model holds a gradient, whether it trains now or was frozen since."""
@@ -346,15 +354,19 @@ class GradSampler:
                                  "optimizer.zero_grad() or parameter.grad = None")
 
     def note_buffers(self) -> None:
-        """Remembers the state of every buffer; `check_parameters` finds those that a forward pass has written since."""
-        self._buffers = {name: (buffer, buffer._version) for name, buffer in self.model.named_buffers()}
+        """Remembers the buffers as they are now; `check_parameters` finds those that a forward pass has written since."""
+        self._buffers = WatchedBuffers(self.model)
+
+    def check_whole(self) -> None:
+        """No batch stopped half way: a second try would let its examples in twice."""
+        if self.half_done:
+            raise ValueError("the last private.backward stopped half way and part of it is in the sum: call private.zero_grad() and "
+                             "repeat the batch")
 
     def check_parameters(self) -> None:
         """The trainable parameters are those that were there at the start, none holds a gradient, no buffer has changed."""
         self.check_no_grad()
-        if written := [name for name, (buffer, version) in self._buffers.items() if buffer._version != version]:
-            raise ValueError(f"the buffer {written[0]} was written since make_private: what a forward pass keeps of a batch is private "
-                             "data without noise. Remove it, or compute it before make_private")
+        self._buffers.check()
         if hooked := [name for p, name in self.names.items() if p._post_accumulate_grad_hooks]:
             raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
         now = {p: name for name, p in self.model.named_parameters() if p.requires_grad}

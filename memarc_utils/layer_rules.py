@@ -11,13 +11,15 @@ it is not covered by its parent's rule. A rule has three parts:
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from memarc_utils.book_keeping import accumulation_dtype
+from memarc_utils.function_rules import FunctionRule, per_example_loop
+
+__all__ = ["RULES", "per_example_loop", "register_rule", "rule_for"]
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -140,14 +142,14 @@ class LayerNormRule:
 
 
 class RMSNormRule(LayerNormRule):
-    """``y = x / √(mean(x²) + ε) ⊙ w``; torch's ε of None means the input type's machine epsilon."""
+    """``y = x / √(mean(x²) + ε) ⊙ w``; torch's ε of None means the machine epsilon of the type it computes in, float32 or wider."""
 
     @staticmethod
     def _scale(module, x: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor]:
         if hasattr(module, "variance_epsilon"):  # transformers
             epsilon = module.variance_epsilon
         else:
-            epsilon = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+            epsilon = torch.finfo(_wide(x).dtype).eps if module.eps is None else module.eps
         trailing = tuple(range(x.dim() - module.weight.dim(), x.dim()))
         x = _wide(x)
         return x, trailing, torch.rsqrt(x.square().mean(trailing, keepdim=True) + epsilon)
@@ -164,78 +166,6 @@ class RMSNormRule(LayerNormRule):
         # ∂L/∂x = (g − x̂ mean(g ⊙ x̂)) / rms, with x̂ = x / rms: no x̂ is made
         inner = (g * x).mean(trailing, keepdim=True) * inverse.square()
         return ((g.sub_(x * inner)).mul_(inverse).to(inputs[0].dtype),)
-
-
-class FunctionRule:
-    """A rule that a user registered: a function gives the per-example gradients, autograd the input gradient."""
-
-    def __init__(self, function: Callable, forward: Callable) -> None:
-        self.function, self.forward = function, forward
-
-    @staticmethod
-    def inputs(module, *args, **kwargs):
-        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
-        tensors = given.args[1:]  # keywords in the order of the signature
-        if given.kwargs:
-            raise ValueError(f"a per-example rule takes positional arguments only, the forward of {type(module).__name__} has "
-                             f"keyword-only ones: {', '.join(given.kwargs)}")
-        if not all(isinstance(t, Tensor) for t in tensors):
-            raise ValueError(f"a per-example rule takes tensors only, {type(module).__name__} was called with "
-                             f"{[type(t).__name__ for t in tensors]}: give a non-tensor argument to the constructor")
-        return tensors
-
-    @staticmethod
-    def needs_inputs(module):
-        return True
-
-    @staticmethod
-    def grad_inputs(module, inputs, grad_output, needed):
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needed)]
-            output = type(module).forward(module, *leaves)
-            wanted = [t for t in leaves if t.requires_grad]
-            grads = iter(torch.autograd.grad(output, wanted, grad_output))
-        return tuple(next(grads) if n else None for n in needed)
-
-    def record(self, module, inputs, grad_output):
-        trainable = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-        gradients = self.function(module, *inputs, grad_output)
-        if missing := trainable - set(gradients):
-            raise ValueError(f"the rule registered for {type(module).__name__} gave no gradient of {sorted(missing)}")
-        for name in sorted(trainable):
-            yield name, "dense", gradients[name]
-
-
-def per_example_loop(module: nn.Module, *inputs_and_grad: Tensor) -> dict[str, Tensor]:
-    """Per-example gradients of any module whose examples do not meet, through `torch.func` (vmap over examples of a vjp).
-
-    Right only where ``module(x)[i]`` depends on ``x[i]`` alone; that is compared with the batch's own output, so a module
-    that mixes examples (batch normalisation) raises. Give it to `register_rule`.
-
-    Raises:
-        ValueError: the module mixes its examples, or is random.
-    """
-    *inputs, grad_output = inputs_and_grad
-    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
-
-    def one_example(parameters, grad, *example):
-        def run(parameters):
-            return torch.func.functional_call(module, parameters, tuple(t[None] for t in example))[0]
-        output, pull_back = torch.func.vjp(run, parameters)
-        return pull_back(grad)[0], output
-
-    original = module.__dict__.pop("forward", None)  # the plain forward: nothing is recorded while recomputing
-    try:
-        gradients, alone = torch.vmap(one_example, in_dims=(None, 0, *[0] * len(inputs)))(parameters, grad_output, *inputs)
-        with torch.no_grad():
-            together = module(*inputs)
-    finally:
-        if original is not None:
-            module.forward = original
-    if not torch.allclose(alone, together, rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise ValueError(f"{type(module).__name__} gives an example another output alone than in a batch: its examples "
-                         "meet, so no per-example gradient exists. Freeze its parameters or replace the layer")
-    return gradients
 
 
 _TRANSFORMERS = "transformers.models."
@@ -267,17 +197,6 @@ def rule_for(module: nn.Module):
     return None if hasattr(forward, "__wrapped__") else rule
 
 
-def loop_rule(module: nn.Module) -> FunctionRule | None:
-    """The fallback for a layer without a rule: `per_example_loop` of its own forward, where that is right.
-
-    It is where the layer's own parameters are all that trains below it: what it calls then has nothing to record.
-    """
-    own = {p for p in module.parameters(recurse=False) if p.requires_grad}
-    if any(p.requires_grad and p not in own for p in module.parameters()) or type(module).forward is nn.Module.forward:
-        return None
-    return FunctionRule(per_example_loop, type(module).forward)
-
-
 class RelativeBias:
     """Stands in for ``compute_bias`` of a T5-type attention: the lookup of (T, T) buckets is made once for each example.
 
@@ -290,7 +209,7 @@ class RelativeBias:
 
     def __call__(self, query_length, key_length, device=None, past_seen_tokens=0):
         module, batch = self.module, self.batch_size()
-        if batch is None or not torch.is_grad_enabled():
+        if batch is None:
             return type(module).compute_bias(module, query_length, key_length, device, past_seen_tokens)
         table = module.relative_attention_bias
         positions = torch.arange(max(query_length + past_seen_tokens, key_length), device=device or table.weight.device)

@@ -2,9 +2,11 @@
 
 import warnings
 
+import torch
 from torch import Tensor, nn
 
-from memarc_utils.layer_rules import EmbeddingRule, FunctionRule, loop_rule, per_example_loop, rule_for
+from memarc_utils.function_rules import FunctionRule, loop_rule
+from memarc_utils.layer_rules import EmbeddingRule, rule_for
 
 
 def check_owner(name: str, module: nn.Module) -> object:
@@ -60,3 +62,29 @@ def check_losses(losses: object) -> None:
                          "examples: use reduction='none', for instance cross_entropy(logits, labels, reduction='none')")
     if len(losses) and not losses.requires_grad:
         raise ValueError("the losses carry no gradient: compute them outside torch.no_grad() and do not detach them")
+
+
+class WatchedBuffers:
+    """Remembers a model's buffers; what a forward pass keeps of a batch in one is private data without noise."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kept = {name: (buffer, buffer._version, _fingerprint(buffer)) for name, buffer in model.named_buffers()}
+
+    def check(self) -> None:
+        """Raises:
+            ValueError: a buffer was written, or replaced, since.
+        """
+        for name, buffer in self._model.named_buffers():
+            before, version, fingerprint = self._kept.get(name, (None, None, None))
+            if buffer is not before or buffer._version != version or _fingerprint(buffer) != fingerprint:
+                raise ValueError(f"the buffer {name} was written since make_private: what a forward pass keeps of a batch is private data "
+                                 "without noise. Remove it, or compute it before make_private")
+
+
+def _fingerprint(buffer: Tensor) -> float:
+    """Of small floating buffers, which ``.data`` can change unseen; running statistics are small."""
+    if not buffer.is_floating_point() or buffer.numel() > 2**16 or buffer.device.type != "cpu":
+        return 0.0
+    weights = torch.arange(1, buffer.numel() + 1, dtype=torch.float64)
+    return float(buffer.detach().flatten().double().nan_to_num() @ weights)

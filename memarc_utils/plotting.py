@@ -279,8 +279,8 @@ def plot_engines(table: pd.DataFrame, titles: Mapping[str, str] | None = None) -
             shown[label] = axes.plot(
                 row["memory_ratio"], row["time_ratio"], look.marker, color=look.color, markersize=12, fillstyle=filling
             )[0]
-        axes.axhline(1, color="0.7", linewidth=1, zorder=0)
-        axes.axvline(1, color="0.7", linewidth=1, zorder=0)
+        axes.axhline(1, color="0.45", linewidth=1, zorder=1)
+        axes.axvline(1, color="0.45", linewidth=1, zorder=1)
         axes.set(title=names[method], xlabel="memory over non-private")
         axes.margins(0.15)
         axes.set_xlim(min(axes.get_xlim()[0], 0.9), max(axes.get_xlim()[1], 1.5))

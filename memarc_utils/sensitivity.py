@@ -62,7 +62,7 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
     batch = _batch_size(micro_batch)
     with _without_dropout(model) as checkpoint_again:
         loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
-        checkpoint_again()  # the loop ran without: reentrant checkpoints know no torch.autograd.grad
+        checkpoint_again()
         # Without the probe: what it would refuse is measured here.
         sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer", probe=False)
         try:
@@ -124,10 +124,17 @@ def _rows(micro_batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
 
 
 def _gradient_alone(model, loss_per_example, one: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By an ordinary backward pass, which every kind of checkpoint knows; what stood in ``.grad`` is put back."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = loss_per_example(model, one)
-    grads = torch.autograd.grad(loss.sum(), list(named.values()), allow_unused=True)
-    return {n: g for n, g in zip(named, grads) if g is not None}
+    before = {n: p.grad for n, p in named.items()}
+    try:
+        for p in named.values():
+            p.grad = None
+        loss_per_example(model, one).sum().backward()
+        return {n: p.grad for n, p in named.items() if p.grad is not None}
+    finally:
+        for n, p in named.items():
+            p.grad = before[n]
 
 
 def _distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

@@ -95,6 +95,14 @@ def other_parameters(rank):
     model[rank].requires_grad_(False)
     with pytest.raises(ValueError, match="the ranks train different parameters"):
         make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), PLAN)
+    plan = PrivacyPlan.from_dict({**PLAN.to_dict(), "max_grad_norm": 0.5 + rank})
+    model = network(0)
+    with pytest.raises(ValueError, match="the ranks have different plans"):
+        make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), plan)
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), PLAN)
+    private.steps_taken = 3 * rank
+    with pytest.raises(ValueError, match=r"the ranks have taken \[0, 3\] steps"):
+        private.step()
     wrapped = nn.parallel.DistributedDataParallel(network(0))
     with pytest.raises(ValueError, match="take the plain model, not DistributedDataParallel"):
         make_private(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.5), PLAN)

@@ -110,18 +110,52 @@ def test_an_evaluation_in_between_changes_nothing():
     assert distance(private.clipped_sum(), want) == 0
 
 
-def test_a_use_that_was_not_counted_is_refused():
-    """What would let an example in twice raises, and the half-done sum cannot be stepped on."""
-    model = Reused()
-    private = private_sgd(model, clipping="per_layer")
-    x = torch.randn(4, 3, 6, generator=seeded())
+def uncounted(model, x):
+    """Losses of layer calls that the engine takes for part of an evaluation."""
     with torch.no_grad():
-        model(x)  # the engine takes what follows for part of an evaluation
-    losses = model.layer(torch.tanh(model.layer(x))).square().sum((1, 2)) + 0 * model.inner(x).sum((1, 2))
+        model(x)
+    return model.layer(torch.tanh(model.layer(x))).square().sum((1, 2)) + 0 * model.inner(x).sum((1, 2))
+
+
+def test_a_use_that_was_not_counted_waits_for_the_end():
+    model, x = Reused(), torch.randn(4, 3, 6, generator=seeded())
+    gradients = loop_gradients(model, {"x": x}, lambda m, one: uncounted(m, one["x"]))
+    private = private_sgd(model, plan_for_tests(max_grad_norm=0.1), clipping="per_layer")
+    private.backward(uncounted(model, x))
+    want = loop_clipped_sum(gradients, 0.1, "per_layer", groups_of(model))
+    assert distance(private.clipped_sum(), want) <= 1e-5 * size(want)
+
+
+def test_two_forward_passes_before_two_backward_passes():
+    model, x = Reused(), torch.randn(4, 3, 6, generator=seeded())
+    private = private_sgd(model, plan_for_tests(max_grad_norm=0.1), clipping="per_layer")
+    private.backward(model(x[:2]))
+    private.backward(model(x[2:]))
+    want = private.clipped_sum()
+    private.zero_grad()
+    first, second = model(x[:2]), model(x[2:])
+    private.backward(first)
+    private.backward(second)
+    assert distance(private.clipped_sum(), want) <= 1e-6 * size(want)
+
+
+def test_a_use_after_the_layer_was_clipped_is_refused():
+    """One counted use and one that was not: whatever could let an example in twice raises, and the half-done sum cannot be
+    stepped on, nor can the batch be tried again on top of it."""
+    model, x = Reused(), torch.randn(4, 3, 6, generator=seeded())
+    private = private_sgd(model, clipping="per_layer")
+
+    def losses():
+        h = torch.tanh(model.layer(x))  # counted
+        with torch.no_grad():
+            model(x)
+        return model.layer(h).square().sum((1, 2)) + 0 * model.inner(x).sum((1, 2))  # these two are not
+
     with pytest.raises(ValueError, match=r"the layer layer was used again after its gradient was clipped.*clipping=\"flat\""):
-        private.backward(losses)
-    with pytest.raises(ValueError, match=r"stopped half way and part of it is in the sum: call private.zero_grad\(\)"):
-        private.step()
+        private.backward(losses())
+    for go_on in (private.step, lambda: private.backward(model(x))):
+        with pytest.raises(ValueError, match=r"stopped half way and part of it is in the sum: call private.zero_grad\(\)"):
+            go_on()
     private.zero_grad()
     private.backward(model(x))
     private.step()

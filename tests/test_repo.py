@@ -19,11 +19,16 @@ TOP_LEVEL = {
 
 # A module may import one of a lower floor, never one of its own floor or above. Notebooks stand on top of all.
 FLOORS = [
-    {"accounting", "book_keeping", "recording", "plotting", "data", "environment", "notebook_outputs"},
+    {"accounting", "book_keeping", "recording", "plotting", "data", "environment", "notebook_outputs", "randomness",
+     "preparation", "data_parallel"},
+    {"function_rules", "probe"},
     {"layer_rules", "notebooks"},
+    {"model_checks", "side_blocks"},
     {"backbones", "grad_sample", "clipping", "batch_selection"},
+    {"sensitivity"},
     {"side_network", "reversible", "adapters", "zeroth_order", "auditing", "dp_sgd"},
-    {"training", "memory"},
+    {"feature_cache", "saving", "training", "memory"},
+    {"benchmark"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in (ROOT / "memarc_utils").glob("*.py") if path.stem != "__init__")
