@@ -6,6 +6,7 @@ Under ``torch.distributed`` every rank calls the same functions on its own examp
 """
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
@@ -16,14 +17,14 @@ from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
-from memarc_utils.randomness import seed_from_operating_system
+from memarc_utils.randomness import seed_from_operating_system, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sensitivity"]
 
 NOISES = ("gaussian", "secure")
 _SECURE_DRAWS = 4
-_NOISE_SLICE = 2**22
+_NOISE_SLICE = 2**20
 
 
 def make_private(model: nn.Module, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, clipping: str = "flat",
@@ -107,14 +108,17 @@ class PrivateOptimizer:
         """
         self._check_before_step()
         try:
+            totals = []
             for parameter, name in self.sampler.names.items():
                 total = self.sampler.sums.pop(name, None)
                 if total is None:
                     total = torch.zeros(parameter.shape, dtype=accumulation_dtype(parameter.dtype), device=parameter.device)
-                sum_at_first(total)
-                if rank_and_size()[0] == 0:
-                    self._add_noise(total)
+                totals.append(sum_at_first(total))
+            if rank_and_size()[0] == 0:
+                self._add_noise(totals)
+            for parameter, total in zip(self.sampler.names, totals):
                 parameter.grad = from_first(total).div_(self.plan.expected_batch_size).to(parameter.dtype)
+            del totals, total
             self.steps_taken += 1  # before the weights move: an interrupted step is paid for
             self.optimizer.step()
         finally:
@@ -152,18 +156,28 @@ class PrivateOptimizer:
         self.sampler.check_parameters()
         _check_optimizer(self.model, self.optimizer)
 
-    def _add_noise(self, total: Tensor) -> None:
-        """Adds N(0, (σ · bound)²) to every entry, in place; each draw overwrites one buffer of at most 16 MiB."""
+    def _add_noise(self, totals: list[Tensor]) -> None:
+        """Adds N(0, (σ · bound)²) to every entry, in place. On a CPU, where torch draws in one thread, large tensors are cut into
+        pieces with a stream each, always the same ones, which the threads share. A draw takes a buffer of at most 4 MiB."""
         deviation = self.plan.noise_multiplier * self.contribution_bound
         if deviation == 0:
             return
         draws = _SECURE_DRAWS if self.noise == "secure" else 1
-        flat = total.view(-1)
-        for start in range(0, len(flat), _NOISE_SLICE):
-            part = flat[start:start + _NOISE_SLICE]
-            buffer = torch.empty(part.shape, dtype=total.dtype, device=self.noise_generator.device)
+
+        def add(part: Tensor, generator: torch.Generator) -> None:
+            buffer = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
             for _ in range(draws):  # the sum of n draws of deviation s/√n has deviation s
-                part += buffer.normal_(0, deviation / draws ** 0.5, generator=self.noise_generator).to(total.device)
+                part += buffer.normal_(0, deviation / draws ** 0.5, generator=generator).to(part.device)
+
+        generator = self.noise_generator
+        parts = [part for total in totals for part in total.view(-1).split(_NOISE_SLICE)]
+        alone = _NOISE_SLICE // 4 if generator.device.type == "cpu" else _NOISE_SLICE
+        for part in parts:
+            if len(part) <= alone:
+                add(part, generator)
+        if large := [part for part in parts if len(part) > alone]:
+            with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
+                list(threads.map(add, large, spawn(generator, len(large))))
 
     def zero_grad(self) -> None:
         """Forgets the clipped sum and any gradient: start the batch anew."""

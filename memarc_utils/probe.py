@@ -40,10 +40,10 @@ class Probe:
         self._due = self._on and (power_of_two or bool(self._unseen) and self._probed < _MOST_FOR_UNSEEN)
 
     def look(self, layer: str, grad_output: Float[Tensor, "batch ..."]) -> None:
-        """What reached a layer, example by example; an inf or nan counts as nothing, 0 · inf would be nan."""
-        rows = grad_output.detach().flatten(1) if grad_output.dim() > 1 else grad_output.detach()[:, None]
-        reached = rows.nan_to_num(0, 0, 0).count_nonzero(1) > 0
-        sent = self._sent.to(reached.device)
+        """What reached a layer, example by example. Of an example that is not finite nothing can be said: 0 · inf is nan."""
+        grad_output = grad_output.detach() if grad_output.dim() > 1 else grad_output.detach()[:, None]
+        largest = torch.linalg.vector_norm(grad_output, ord=float("inf"), dim=tuple(range(1, grad_output.dim())))  # makes no copy
+        reached, sent = largest > 0, self._sent.to(largest.device)
         self._reached.append((layer, (reached & ~sent).any(), (reached & sent).any()))
 
     def run(self, losses: Float[Tensor, " batch"]) -> None:

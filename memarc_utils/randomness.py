@@ -2,6 +2,7 @@
 
 import os
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -26,9 +27,22 @@ def seed_from_operating_system(generator: torch.Generator) -> torch.Generator:
     generator.seed()
     if generator.device.type != "cpu":
         return generator
+    return _with_words(generator, struct.unpack(f"<{_WORDS}I", os.urandom(4 * _WORDS)))
+
+
+def _with_words(generator: torch.Generator, words: Sequence[int]) -> torch.Generator:
     state = bytearray(generator.get_state().numpy().tobytes())
     assert len(state) == _STATE_BYTES and struct.unpack_from(_HEADER, state)[1:] == (1, 1, 0), "torch changed its state's form"
-    words = struct.unpack(f"<{_WORDS}I", os.urandom(4 * _WORDS))
     struct.pack_into(f"<{_WORDS}Q", state, struct.calcsize(_HEADER), *words)
     generator.set_state(torch.frombuffer(state, dtype=torch.uint8).clone())
     return generator
+
+
+def spawn(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """Independent streams that several threads can draw from at once: their whole states are drawn from ``generator``.
+
+    >>> [g.device.type for g in spawn(torch.Generator().manual_seed(0), 2)]
+    ['cpu', 'cpu']
+    """
+    words = torch.randint(2**32, (count, _WORDS), generator=generator, dtype=torch.int64)
+    return [_with_words(torch.Generator().manual_seed(0), row) for row in words.tolist()]
