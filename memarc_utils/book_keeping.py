@@ -90,19 +90,38 @@ def _joined(parts: list[Squares]) -> Squares:
     return parts[0] if len(parts) == 1 else Squares(*(torch.cat(column) for column in zip(*parts)))
 
 
+class Grams:
+    """Gram matrices ``(B, T, T)`` of tokens; the last pair's are kept, since query, key and value read one input."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, slice, Tensor]] = []
+
+    def of_pair(self, left: Tensor, right: Tensor, part: slice, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+        grams = tuple(self._find(tensor, part, precision) for tensor in (left, right))
+        self._kept = [(tensor, part, gram) for tensor, gram in zip((left, right), grams)]
+        return grams
+
+    def _find(self, tensor: Tensor, part: slice, precision: torch.dtype) -> Tensor:
+        for other, slice_, gram in self._kept:
+            same = holds_data(tensor) and other.data_ptr() == tensor.data_ptr() and other.stride() == tensor.stride()
+            if same and other.shape == tensor.shape and slice_ == part and gram.dtype == _wide(tensor[:0], precision).dtype:
+                return gram
+        wide = _wide(tensor[part], precision)
+        return torch.bmm(wide, wide.transpose(1, 2))
+
+
 def pair_squares(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"],
-                 precision: torch.dtype = torch.float32) -> Squares:
+                 precision: torch.dtype = torch.float32, grams: Grams | None = None) -> Squares:
     """Of ``‖left_iᵀ right_i‖²``, by Gram matrices (``Σ_st (l_s·l_t)(r_s·r_t)``, T²(rows+columns) operations) or by the
     gradient itself (T·rows·columns), whichever costs less; neither keeps more than a slice of examples at a time."""
     (batch, tokens, rows), columns = left.shape, right.shape[2]
-    ghost = keep_pair(rows, columns, tokens)
-    parts = []
+    ghost, grams, parts = keep_pair(rows, columns, tokens), grams or Grams(), []
     for part in _slices(batch, 2 * tokens * tokens if ghost else rows * columns):
-        left_part, right_part = _wide(left[part], precision), _wide(right[part], precision)
         if ghost:
-            gram = torch.bmm(left_part, left_part.transpose(1, 2))
-            parts.append(_squares(gram.mul_(torch.bmm(right_part, right_part.transpose(1, 2)))))
+            gram_left, gram_right = grams.of_pair(left, right, part, precision)
+            parts.append(_squares(gram_left * gram_right))
         else:
+            left_part, right_part = _wide(left[part], precision), _wide(right[part], precision)
             w = torch.linalg.vector_norm(left_part, dim=2) * torch.linalg.vector_norm(right_part, dim=2)
             squared = pair_gradient(left_part, right_part).square_().sum((1, 2))
             parts.append(Squares(squared, w.square().sum(1), w.sum(1)))
@@ -185,8 +204,9 @@ class HeldGradient:
         """What is held. A layer's input may stand in several records (query, key and value read the same one)."""
         return [t for couple in self.pairs + self.lookups for t in couple] + ([] if self.dense is None else [self.dense])
 
-    def squares(self, precision: torch.dtype = torch.float32) -> Squares:
-        """Squared norm of each example's whole gradient of this parameter, with all cross terms."""
+    def squares(self, precision: torch.dtype = torch.float32, grams: Grams | None = None) -> Squares:
+        """Squared norm of each example's whole gradient of this parameter, with all cross terms; ``grams`` carries what the
+        next parameter may need again."""
         pair, lookup = self._merge()
         dense = None if self.dense is None else self.dense.to(torch.promote_types(self.dense.dtype, precision))
         parts = []
@@ -194,7 +214,7 @@ class HeldGradient:
             norms = torch.linalg.vector_norm(dense.reshape(len(dense), -1), dim=1)
             parts.append(Squares(norms.square(), norms.square(), norms))
         if pair is not None:
-            parts.append(pair_squares(*pair, precision))
+            parts.append(pair_squares(*pair, precision, grams))
         if lookup is not None:
             parts.append(lookup_squares(*lookup, precision))
         squared, orthogonal, aligned = (sum(column) for column in zip(*parts))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from memarc_utils.book_keeping import BOOKKEEPINGS, HeldGradient, accumulation_dtype, holds_data
+from memarc_utils.book_keeping import BOOKKEEPINGS, Grams, HeldGradient, accumulation_dtype, holds_data
 from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
 from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner
@@ -337,7 +337,8 @@ class GradSampler:
         def total(squares):
             return torch.stack([s.to(device) for s in squares]).sum(0)
 
-        squared, orthogonal, aligned = zip(*(gradient.squares() for gradient in held))
+        grams = Grams()
+        squared, orthogonal, aligned = zip(*(gradient.squares(grams=grams) for gradient in held))
         squared, floor = total(squared), _ROUNDING * total([a.square() for a in aligned])
         cancelled = holds_data(squared) and bool((squared < _CANCELLED * total(orthogonal)).any())
         if cancelled:

@@ -175,3 +175,20 @@ def test_cancellation_is_noticed_and_measured_in_float64(kind):
         _, orthogonal, aligned = (float(bound) for bound in held.squares())
         assert want < 1e-6 * orthogonal and want < 1e-6 * aligned**2
         assert float(held.squares(torch.float64).squared) == pytest.approx(want, rel=1e-3)
+
+
+def test_a_gram_matrix_is_used_again_only_for_the_very_same_tokens():
+    """Query, key and value read one input; another slice, view, precision or tensor gets a matrix of its own."""
+    generator = seeded(4)
+    x, wide = torch.randn(3, 2, 40, generator=generator), torch.randn(3, 2, 80, generator=generator)
+    grads = [torch.randn(3, 2, 50, generator=generator) for _ in range(6)]
+    pairs = [(grads[0], x), (grads[1], x), (grads[2], x.flip(0)), (grads[3], wide[..., :40]), (grads[4], wide[..., 40:]), (x, grads[5])]
+    for precision in (torch.float32, torch.float64):
+        for limit in (2**22, 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(book_keeping, "_SLICE_ELEMENTS", limit)
+                grams = book_keeping.Grams()
+                for left, right in pairs:
+                    got = book_keeping.pair_squares(left, right, precision, grams).squared
+                    want = torch.einsum("btr,btc->brc", left.double(), right.double()).square().sum((1, 2))
+                    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)

@@ -10,8 +10,7 @@ from torch import nn
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
 from memarc_utils.grad_sample import GradSampler
-from memarc_utils.layer_rules import per_example_loop
-from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5
+from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5, tiny
 
 loops = pytest.mark.filterwarnings("ignore:no rule of its own")
 
@@ -340,5 +339,24 @@ def test_a_reentrant_checkpoint_of_ones_own_is_verified_rightly():
     assert report.holds, report
 
 
-def test_the_loop_is_offered_by_name():
-    assert per_example_loop.__doc__ and "torch.func" in per_example_loop.__doc__
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_generate_and_state_dict_are_untouched(clipping):
+    """Same keys and same text while the engine is attached, between a forward and its backward, and after it is detached."""
+    model = shake(tiny("gpt2", "causal_lm", True), scale=0.3)
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+
+    def text():
+        return model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    keys, want = list(model.state_dict()), text()
+    private = private_sgd(model, clipping=clipping)
+    assert list(model.state_dict()) == keys and torch.equal(text(), want)
+    losses = plain_losses(model, batch := padded_batch(model, "causal_lm"))
+    assert torch.equal(text(), want)
+    private.backward(losses)
+    first = private.clipped_sum()
+    private.zero_grad()
+    private.backward(plain_losses(model, batch))
+    assert all(torch.equal(first[name], total) for name, total in private.clipped_sum().items())
+    private.detach()
+    assert list(model.state_dict()) == keys and torch.equal(text(), want)
