@@ -181,7 +181,7 @@ def measure_here(case: StepCase) -> dict[str, float]:
 def _prepared_step(case: StepCase) -> Callable[[], None]:
     model = AutoModelForSequenceClassification.from_config(SHAPES[case.shape]())
     if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model = METHODS[case.method](model).train()
     if case.engine.startswith("opacus") and case.shape == "gpt2":
         model.transformer.wpe.requires_grad_(False)  # positions that broadcast over the batch crash opacus

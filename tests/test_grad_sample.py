@@ -628,7 +628,7 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 def test_checkpointing_of_a_transformers_model():
     """Positions that arrive as (1, T) inside a checkpointed block, and HF's own switch."""
     model = tiny("gpt2", "causal_lm", False)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     batch = padded_batch(model, "causal_lm")
     got, norms = engine_gradients(model, lambda m: plain_losses(m, batch))

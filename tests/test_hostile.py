@@ -301,7 +301,7 @@ def test_scalars_keywords_branches_and_autocast_in_layers_without_a_rule():
 
 def test_t5_under_a_reentrant_checkpoint_with_everything_trained():
     model = shake(t5())
-    model.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
     model.train()
     batch = padded_batch(model, batch=4)
     private = private_sgd(model, plan_for_tests(max_grad_norm=1e6))

@@ -59,7 +59,7 @@ def prepared(architecture, trains):
 def checkpointed(model, how):
     inner = getattr(model, "encoder", model)  # our T5 classifier is no transformers model, its encoder is
     if how != "none":
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
     if how == "reentrant":
         inner.enable_input_require_grads()
     return model
