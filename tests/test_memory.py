@@ -72,6 +72,8 @@ def private_step(mode, micro_batches=1, width=128):
 
 def test_measurements_repeat_exactly():
     step = private_step("book_keeping")
+    for _ in range(4):  # the steps 1, 2, 4, 8, ... also look whether examples meet: of 6 and 11, which follow, neither does
+        step()
     first, second = measure_step(step, repeats=3), measure_step(step, repeats=3)
     assert first.peak_bytes == second.peak_bytes > 0
     assert first.seconds > 0 and first.peak_megabytes == first.peak_bytes / 1e6
