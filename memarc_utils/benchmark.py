@@ -11,10 +11,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -24,13 +25,17 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, RobertaConfig
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.adapters import add_lora, head_parameters, train_everything
+from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias_terms, select_linear_probe, train_everything
+from memarc_utils.batch_selection import pad_rows
 from memarc_utils.dp_sgd import make_private
+from memarc_utils.feature_cache import cache_features
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import classification_losses, progress
+from memarc_utils.zeroth_order import make_zeroth_order
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost")
+ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost", "zeroth order")
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _SAMPLING_INTERVAL = 0.002  # seconds
 _WARM_UP_STEPS = 2  # the engine looks for examples that meet in the first step, or two where a layer starts at zero
 
@@ -52,20 +57,17 @@ SHAPES: dict[str, Callable[[], object]] = {
 }
 
 
-def _biases_and_head(model: nn.Module) -> nn.Module:
-    heads = head_parameters(model)
-    model.requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith("bias") or name in heads)
-    return model
-
+_REDUCTION_8 = SideNetworkConfig(reduction=8)
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "full": train_everything,
     "lora": add_lora,
     "ffa-lora": lambda model: add_lora(model, freeze_a=True),
-    "bitfit": _biases_and_head,
-    "side": lambda model: attach_side_network(model, SideNetworkConfig(reduction=8)),
+    "adapters": add_bottleneck_adapters,
+    "bitfit": select_bias_terms,
+    "probe": select_linear_probe,
+    "side": lambda model: attach_side_network(model, _REDUCTION_8),
+    "side-cached": lambda model: attach_side_network(model, replace(_REDUCTION_8, downsample="pooled")),
 }
 
 
@@ -74,8 +76,10 @@ class StepCase:
     """One cell of a comparison.
 
     Attributes:
-        method: what trains, a key of `METHODS`.
-        engine: ``non-private`` (mean loss, SGD), ``book-keeping`` (ours), ``opacus hooks``, ``opacus ghost``.
+        method: what trains, a key of `METHODS`. ``side-cached`` reads its features from disk, at side width (reduction 8, a
+            pooled downsample); the others run the backbone.
+        engine: ``non-private`` (mean loss), ``book-keeping`` (ours), ``opacus hooks``, ``opacus ghost``, ``zeroth order`` (one
+            direction).
         shape: a key of `SHAPES`, random weights, classification head, dropout as published.
         batch_size: B.
         num_tokens: T; no padding.
@@ -84,6 +88,7 @@ class StepCase:
         bookkeeping: of our engine.
         threads: of torch.
         repeats: timed steps, after two for warming up.
+        optimizer: ``sgd`` or ``adamw``, whose state counts in the peak; zeroth-order training has its own.
     """
 
     method: str
@@ -96,14 +101,17 @@ class StepCase:
     bookkeeping: str = "memory"
     threads: int = 2
     repeats: int = 5
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("engine", ENGINES), ("shape", SHAPES)):
+        for name, known in (("method", METHODS), ("engine", ENGINES), ("shape", SHAPES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "num_tokens", "threads", "repeats"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
+        if self.method == "side-cached" and (self.checkpointing or self.engine not in ("non-private", "book-keeping")):
+            raise ValueError("side-cached is measured without checkpointing, as non-private or book-keeping")
         if self.engine.startswith("opacus") and self.checkpointing:
             raise ValueError("opacus's module hooks cannot run under activation checkpointing: take checkpointing=False")
 
@@ -185,37 +193,67 @@ def _prepared_step(case: StepCase) -> Callable[[], None]:
     model = METHODS[case.method](model).train()
     if case.engine.startswith("opacus") and case.shape == "gpt2":
         model.transformer.wpe.requires_grad_(False)  # positions that broadcast over the batch crash opacus
-    vocabulary = model.config.vocab_size
-    batch = {"input_ids": torch.randint(3, vocabulary - 1, (case.batch_size, case.num_tokens)),
+    optimizer = OPTIMIZERS[case.optimizer]([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    draw_batch = _cached_batches(case, model) if case.method == "side-cached" else _standing_batch(case, model)
+    make = {"non-private": _non_private_step, "book-keeping": _book_keeping_step, "zeroth order": _zeroth_order_step}
+    return make.get(case.engine, _opacus_step)(case, model, optimizer, draw_batch)
+
+
+def _tokens(case: StepCase, model: nn.Module, rows: int) -> torch.Tensor:
+    return torch.randint(3, model.config.vocab_size - 1, (rows, case.num_tokens))
+
+
+def _standing_batch(case: StepCase, model: nn.Module) -> Callable[[], dict]:
+    batch = {"input_ids": _tokens(case, model, case.batch_size),
              "attention_mask": torch.ones(case.batch_size, case.num_tokens, dtype=torch.long),
              "labels": torch.randint(0, 2, (case.batch_size,))}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    make = {"non-private": _non_private_step, "book-keeping": _book_keeping_step}.get(case.engine, _opacus_step)
-    return make(case, model, optimizer, batch)
+    return lambda: batch
 
 
-def _non_private_step(case, model, optimizer, batch) -> Callable[[], None]:
+def _cached_batches(case: StepCase, model: nn.Module) -> Callable[[], dict]:
+    """Rows at random from a cache of four batches on disk, as an epoch draws them."""
+    size = 4 * case.batch_size
+    rows = [{"input_ids": row.tolist(), "labels": i % 2} for i, row in enumerate(_tokens(case, model, size))]
+    folder = tempfile.TemporaryDirectory()
+    cached = cache_features(model, rows, batch_size=8, folder=folder.name)
+
+    def draw_batch() -> dict:
+        assert folder  # the files live as long as this function
+        return pad_rows([cached[i] for i in torch.randperm(size)[:case.batch_size].tolist()])
+
+    return draw_batch
+
+
+def _non_private_step(case, model, optimizer, draw_batch) -> Callable[[], None]:
     def step() -> None:
-        classification_losses(model, batch).mean().backward()
+        classification_losses(model, draw_batch()).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def _book_keeping_step(case, model, optimizer, batch) -> Callable[[], None]:
-    plan = PrivacyPlan(dataset_size=50_000, expected_batch_size=case.batch_size, num_steps=1_000, noise_multiplier=1.0,
+def _plan(case: StepCase) -> PrivacyPlan:
+    return PrivacyPlan(dataset_size=50_000, expected_batch_size=case.batch_size, num_steps=1_000, noise_multiplier=1.0,
                        max_grad_norm=1.0, delta=1e-5)
-    private = make_private(model, optimizer, plan, clipping=case.clipping, bookkeeping=case.bookkeeping)
+
+
+def _zeroth_order_step(case, model, optimizer, draw_batch) -> Callable[[], None]:
+    zeroth_order = make_zeroth_order(model, _plan(case), learning_rate=1e-4)
+    return lambda: zeroth_order.step([draw_batch()], classification_losses)
+
+
+def _book_keeping_step(case, model, optimizer, draw_batch) -> Callable[[], None]:
+    private = make_private(model, optimizer, _plan(case), clipping=case.clipping, bookkeeping=case.bookkeeping)
 
     def step() -> None:
-        private.backward(classification_losses(model, batch))
+        private.backward(classification_losses(model, draw_batch()))
         private.step()
 
     return step
 
 
-def _opacus_step(case, model, optimizer, batch) -> Callable[[], None]:
+def _opacus_step(case, model, optimizer, draw_batch) -> Callable[[], None]:
     """opacus 1.6.0 as its own `PrivacyEngine` puts it together, without the data loader."""
     from opacus import GradSampleModule
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
@@ -231,6 +269,7 @@ def _opacus_step(case, model, optimizer, batch) -> Callable[[], None]:
         loss_of = DPLossFastGradientClipping(wrapped, private, nn.CrossEntropyLoss())
     else:
         wrapped, private, loss_of = GradSampleModule(model), DPOptimizer(optimizer, **options), F.cross_entropy
+    batch = draw_batch()
     inputs = {name: t for name, t in batch.items() if name != "labels"}
 
     def step() -> None:
@@ -248,7 +287,7 @@ def relative_to(table: pd.DataFrame, engine: str = "non-private") -> pd.DataFram
     Raises:
         ValueError: a row has no partner in the table, or several.
     """
-    keys = ["method", "shape", "batch_size", "num_tokens", "checkpointing", "threads"]
+    keys = ["method", "shape", "batch_size", "num_tokens", "checkpointing", "threads", "optimizer"]
     partners = table[table["engine"] == engine].set_index(keys)
     if not partners.index.is_unique or not set(table.set_index(keys).index) <= set(partners.index):
         raise ValueError(f"every case needs exactly one partner with engine={engine!r} that has the same {', '.join(keys)}")

@@ -19,8 +19,9 @@ def test_a_fresh_process_measures_a_step():
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("method", ["full", "lora", "bitfit"])
+@pytest.mark.parametrize("method, engine", [
+    *((method, engine) for method in ("full", "lora", "bitfit") for engine in ENGINES), ("side-cached", "non-private"),
+    *((method, "book-keeping") for method in METHODS if method not in ("full", "lora", "bitfit"))])
 def test_every_engine_moves_what_trains_and_nothing_else(method, engine, monkeypatch):
     """The optimizer is watched from its making; with noise, and only with noise, everything it holds moves."""
     made = []
@@ -30,7 +31,7 @@ def test_every_engine_moves_what_trains_and_nothing_else(method, engine, monkeyp
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(torch.optim, "SGD", Watched)
+    monkeypatch.setitem(benchmark.OPTIMIZERS, "sgd", Watched)
     torch.manual_seed(0)
     step = benchmark._prepared_step(StepCase(method, engine, **SMALL))
     trained = [p for group in made[0].param_groups for p in group["params"]]
@@ -55,9 +56,12 @@ def test_what_cannot_be_measured_is_refused():
                             (dict(batch_size=0), "batch_size must be a whole number >= 1, got 0")):
         with pytest.raises(ValueError, match=message):
             StepCase(**{"method": "full", "engine": "non-private", **change})
+    with pytest.raises(ValueError, match="side-cached is measured without checkpointing"):
+        StepCase("side-cached", "zeroth order")
     with pytest.raises(ValueError, match="opacus's module hooks cannot run under activation checkpointing"):
         StepCase("lora", "opacus ghost", checkpointing=True)
-    row = dict(method="full", engine="book-keeping", shape="tiny", batch_size=1, num_tokens=1, checkpointing=False, threads=1, seconds=1.0,
+    row = dict(method="full", engine="book-keeping", shape="tiny", batch_size=1, num_tokens=1, checkpointing=False, threads=1,
+               optimizer="sgd", seconds=1.0,
                peak_mb=1.0)
     with pytest.raises(ValueError, match="every case needs exactly one partner"):
         relative_to(pd.DataFrame([row]))

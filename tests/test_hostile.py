@@ -245,9 +245,9 @@ def test_a_backward_that_writes_into_its_gradient_is_found():
             h = self.above(self.below(x))
             return h + WritesBack.apply(h)
 
-    model = Model()
+    model = Model().double()
     sampler = GradSampler(model, probe=False)
-    x = x_of(3, 2, 40)
+    x = x_of(3, 2, 40).double()
     try:
         sampler.backward(model(x).square().sum((1, 2)), torch.ones_like)
     except ValueError as error:

@@ -21,6 +21,11 @@ METHODS = {
 }
 
 
+# A head that is tied to the embeddings stays frozen, so a probe of such a model has nothing to save.
+TRAINABLE = [(case, method) for case in CASES for method in METHODS if method != "probe" or not case[2]]
+TRAINABLE_IDS = [f"{CASE_IDS[CASES.index(case)]}-{method}" for case, method in TRAINABLE]
+
+
 def logits(model, batch):
     with torch.no_grad():
         return model(**{name: t for name, t in batch.items() if name != "labels"}).logits
@@ -35,11 +40,8 @@ def same(first, second):
         torch.equal(first[n][0], second[n][0]) and first[n][1] == second[n][1] for n in first)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+@pytest.mark.parametrize("case, method", TRAINABLE, ids=TRAINABLE_IDS)
 def test_a_prepared_model_comes_back(case, method, tmp_path):
-    if method == "probe" and case[2]:
-        pytest.skip("its head is the embedding: nothing trains")
     fresh = tiny(*case)
     model = shake(METHODS[method](tiny(*case)), scale=0.2)
     batch = padded_batch(model, case[1])
