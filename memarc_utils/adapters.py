@@ -124,7 +124,7 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
         raise ValueError(f'after must be ("attention", "mlp"), ("attention",) or ("mlp",), got {after!r}')
     _refuse_adapted(model)
     model.requires_grad_(False)
-    for block in view.blocks:
+    for block in view.blocks.children():  # a reversible model's list iterates otherwise
         for half in after:
             path = _LAST_LAYERS[model.config.model_type][half]
             adapted = AdaptedLayer(block.get_submodule(path), view.width, bottleneck)

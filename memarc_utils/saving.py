@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from memarc_utils import adapters, side_network
+from memarc_utils import adapters, reversible, side_network
+from memarc_utils.couplings import ReversibleConfig
 
 TENSORS, PREPARATION = "trainable.safetensors", "preparation.json"
 _FORMAT = 1
@@ -28,6 +29,7 @@ _METHODS = {
     "select_bias_terms": (adapters.select_bias_terms, None),
     "select_linear_probe": (adapters.select_linear_probe, None),
     "train_everything": (adapters.train_everything, None),
+    "make_reversible": (reversible.make_reversible, ReversibleConfig),
     "attach_side_network": (side_network.attach_side_network, side_network.SideNetworkConfig),
 }
 

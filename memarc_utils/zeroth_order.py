@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
 
+_PIECE = 2**20  # numbers of a direction that stand in memory at once
 NOISES = {"gaussian": 2, "laplace": 1}  # the norm that the K numbers of an example are clipped in
 
 
@@ -261,16 +262,17 @@ class ZerothOrderOptimizer:
 
     def _draw_seeds(self) -> Int[Tensor, "directions parameters"]:
         """One seed for each direction and parameter, so that z does not depend on which device a parameter is on."""
-        shape = (self.num_directions, len(_trainable(self.model)))
-        return torch.randint(2**63 - 1, shape, generator=self.direction_seed_generator)
+        return torch.randint(2**63 - 1, (self.num_directions, len(_trainable(self.model))), generator=self.direction_seed_generator)
 
     @torch.no_grad()
     def _move(self, seeds: Int[Tensor, " parameters"], scale: float) -> None:
-        """θ ← θ + scale · z, in place, z drawn anew from its seeds: one parameter's z stands in memory at a time."""
+        """θ ← θ + scale · z, in place, z drawn anew from its seeds: a few rows of one parameter's z stand in memory at a time."""
         for parameter, seed in zip(_trainable(self.model).values(), seeds.tolist()):
             generator = torch.Generator(parameter.device).manual_seed(seed)
-            z = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            parameter.add_(z.normal_(generator=generator), alpha=scale)
+            rows = torch.atleast_1d(parameter)
+            for piece in rows.split(max(1, _PIECE * len(rows) // rows.numel())):
+                z = torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
+                piece.add_(z.normal_(generator=generator), alpha=scale)
 
     def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"]
                      ) -> Float[Tensor, " examples"]:
@@ -325,8 +327,7 @@ class ZerothOrderOptimizer:
             else:
                 unit = torch.empty(shape, dtype=torch.float64, device=generator.device).normal_(generator=generator)
         elif generator is None:
-            unit = torch.tensor([system.expovariate(1.0) - system.expovariate(1.0) for _ in range(*shape)],
-                                dtype=torch.float64)
+            unit = torch.tensor([system.expovariate(1.0) - system.expovariate(1.0) for _ in range(*shape)], dtype=torch.float64)
         else:
             pairs = torch.empty((2, *shape), dtype=torch.float64, device=generator.device)
             plus, minus = pairs.exponential_(generator=generator)

@@ -1,0 +1,186 @@
+"""Couplings: how one layer of a pre-trained transformer becomes a step that can be undone.
+
+Every coupling takes two streams of the full width d through the same two additions, and undoes them in reverse order::
+
+    y1 = λ x1 + F(x2)          x2 = (y2 − G(y1)) / β
+    y2 = β x2 + G(y1)          x1 = (y1 − F(x2)) / λ
+
+With `swap` the next layer reads (y2, y1). F and G are a block of the backbone, a half of one, or a small adapter:
+
+| coupling | λ | β | F | G | output | source |
+|---|---|---|---|---|---|---|
+| ``meft1`` | 0.1 | 1 | block | adapter | mean of both | MEFT, arXiv 2306.00477, section 3.3 |
+| ``meft2`` | 1 | 0.1 | adapter | block | mean | likewise |
+| ``meft3`` | 0.1 | 0.1 | attention half | MLP half | mean, no swap | likewise |
+| ``midpoint`` | 1 | 1 | 2 (block(x) − x) | none | last | leapfrog, arXiv 2512.02056 |
+| ``bdia`` | γ | 1 | (1 + γ) block(x) − 2γ x | none | last | BDIA, arXiv 2407.09093, γ kept positive |
+| ``lossless`` | γ | 1 | block(x) − γ x | none | last | ours |
+
+The last three are one recurrence, ``h_{n+1} = λ h_{n−1} + F(h_n)``. Dividing by λ multiplies the error that a stream carries by
+1/λ a layer. ``bdia`` and ``lossless`` take λ = 2⁻ᵏ and hold their streams as whole multiples of 2⁻³⁰: then what λ h_{n−1} loses
+is exactly its k lowest bits. They are kept (k bits a number a layer, 32 / k times less than the number itself) and the inverse
+is exact at any depth.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+_PUBLISHED = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1), "midpoint": (1.0, 1.0), "bdia": (0.5, 1.0),
+              "lossless": (0.25, 1.0)}
+COUPLINGS = tuple(_PUBLISHED)
+FIXED_POINT = ("bdia", "lossless")
+_BITS = (1, 2, 4, 8)  # they fill a byte without a rest
+_GRID = 2.0**-30  # float64 holds multiples of it exactly up to 2²² = 4 million
+_WORST_ERROR = 1e-2  # a relative reconstruction error from which nothing can be learned
+
+
+@dataclass(frozen=True)
+class ReversibleConfig:
+    """Settings of a reversible network.
+
+    Attributes:
+        coupling: see the table in `couplings`; ``lossless`` starts next to the pre-trained model and is undone exactly.
+        coefficients: (λ, β); None takes the table's. ``bdia`` and ``lossless``: λ one of 1/2, 1/4, 1/16, 1/256.
+        segment: layers between stored streams; None stores the last ones alone. The error starts anew in each segment.
+        stream_dtype: ``float32`` or ``float64``, of the two streams; blocks compute in their own dtype. None takes float64,
+            which costs two streams of one layer.
+        adapter_width: bottleneck width of MEFT's adapters (N(0, 0.02²) at the start); 0 leaves them out.
+
+    Raises:
+        ValueError: a setting that is not known, or that cannot work at any depth.
+    """
+
+    coupling: str = "lossless"
+    coefficients: tuple[float, float] | None = None
+    segment: int | None = None
+    stream_dtype: str | None = None
+    adapter_width: int = 0
+
+    def __post_init__(self) -> None:
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}, got {self.coupling!r}")
+        if self.stream_dtype not in (None, "float32", "float64"):
+            raise ValueError(f"stream_dtype must be 'float32' or 'float64', got {self.stream_dtype!r}: the inverse of a half-precision "
+                             "stream loses everything within a few layers. Blocks may compute in bfloat16 all the same")
+        if self.coefficients is not None:
+            self._check_coefficients()
+        if self.coupling in FIXED_POINT and self.stream_dtype == "float32":
+            raise ValueError(f"{self.coupling} holds its streams as multiples of 2^-30, for which float32 has too few digits: take "
+                             "stream_dtype='float64'")
+        if self.segment is not None and (not isinstance(self.segment, int) or self.segment < 1):
+            raise ValueError(f"segment must be a whole number of layers >= 1, or None for the whole depth, got {self.segment!r}")
+        if not isinstance(self.adapter_width, int) or self.adapter_width < 0:
+            raise ValueError(f"adapter_width must be a whole number >= 0, got {self.adapter_width!r}")
+        if self.adapter_width and self.coupling not in ("meft1", "meft2"):
+            raise ValueError(f"{self.coupling} has no adapter of its own: leave adapter_width at 0 and add adapters to the model "
+                             "(add_bottleneck_adapters, add_lora)")
+
+    def _check_coefficients(self) -> None:
+        values = self.coefficients
+        if len(values) != 2 or not all(isinstance(c, (int, float)) and 0 < c <= 1 for c in values):
+            raise ValueError(f"coefficients must be (λ, β), both above 0 and at most 1, got {values!r}")
+        if self.coupling == "midpoint" and tuple(values) != (1.0, 1.0):
+            raise ValueError(f"midpoint has the coefficients (1, 1) by its definition, got {values!r}: leave them out")
+        allowed = [2.0**-k for k in _BITS]
+        if self.coupling in FIXED_POINT and (values[1] != 1 or values[0] not in allowed):
+            raise ValueError(f"{self.coupling} needs the coefficients (λ, 1) with λ one of {allowed}, got {values!r}")
+        object.__setattr__(self, "coefficients", (float(values[0]), float(values[1])))
+
+    @property
+    def lambda_and_beta(self) -> tuple[float, float]:
+        return self.coefficients or _PUBLISHED[self.coupling]
+
+    @property
+    def swap(self) -> bool:
+        """Whether the streams change places after each layer."""
+        return self.coupling != "meft3"
+
+    @property
+    def bits(self) -> int:
+        """Kept of each number of a stream, a layer; 0 where nothing is."""
+        return round(-math.log2(self.lambda_and_beta[0])) if self.coupling in FIXED_POINT else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the streams."""
+        return torch.float32 if self.stream_dtype == "float32" else torch.float64
+
+    def expected_error(self, num_layers: int) -> float:
+        """Relative reconstruction error at the far end of a segment, by the growth of rounding alone.
+
+        ``ε · (1/λβ)^n`` with ε the streams' rounding. Once that has come near float32's rounding, the block is computed at
+        another point and its own rounding, 6e-8, grows instead. Fixed-point streams: 0.
+
+        >>> f"{ReversibleConfig('meft1', stream_dtype='float32').expected_error(6):.0e}"
+        '6e-02'
+        >>> ReversibleConfig().expected_error(1000)
+        0.0
+        """
+        if self.bits:
+            return 0.0
+        depth = min(self.segment or num_layers, num_layers)
+        growth = 1 / math.prod(self.lambda_and_beta)
+        error = 6e-8 if self.dtype == torch.float32 else 1.1e-16
+        for _ in range(depth):
+            if error < 1e-9 <= error * growth:
+                error = max(error, 6e-8 / growth)
+            error *= growth
+        return error
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raises:
+            ValueError: the inverse of this many layers could not be told from noise; names settings that work.
+        """
+        if self.expected_error(num_layers) <= _WORST_ERROR:
+            return
+        deepest = max((n for n in range(1, num_layers) if self.expected_error(n) <= _WORST_ERROR / 100), default=1)
+        wider = "" if self.dtype == torch.float64 else ", stream_dtype='float64'"
+        raise ValueError(f"{self.coupling} with coefficients {self.lambda_and_beta} and {str(self.dtype).split('.')[-1]} streams loses its "
+                         f"inverse over {num_layers} layers (relative error about {self.expected_error(num_layers):.0e}): take "
+                         f"coupling='lossless', or segment={deepest}{wider}, or larger coefficients")
+
+
+# ------------------------------------------------------------------------------------------------- streams of fixed point
+def to_grid(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The nearest multiple of 2⁻³⁰, in float64."""
+    return x.double().div_(_GRID).round_().mul_(_GRID) if x.dtype != torch.float64 else x.div(_GRID).round_().mul_(_GRID)
+
+
+def split_bits(x: Float[Tensor, "..."], bits: int) -> tuple[Float[Tensor, "..."], UInt8[Tensor, " bytes"]]:
+    """``2⁻ᵏ x``, rounded down to the grid, and the k bits that this loses, packed.
+
+    >>> x = to_grid(torch.tensor([1.0, -0.3, 7.123]))
+    >>> scaled, lost = split_bits(x, 2)
+    >>> bool((join_bits(scaled, lost, 2) == x).all()), lost.numel()
+    (True, 1)
+    """
+    units = x / _GRID
+    high = torch.floor(units * 2.0**-bits)
+    low = units.sub_(high * 2.0**bits)
+    return high.mul_(_GRID), _pack(low.to(torch.uint8), bits)
+
+
+def join_bits(scaled: Float[Tensor, "..."], lost: UInt8[Tensor, " bytes"], bits: int) -> Float[Tensor, "..."]:
+    """What `split_bits` was given."""
+    return scaled.mul(2.0**bits).add_(_unpack(lost, bits, scaled.shape).to(scaled.dtype), alpha=_GRID)
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    each = 8 // bits
+    flat = values.flatten()
+    if rest := -len(flat) % each:
+        flat = torch.cat([flat, flat.new_zeros(rest)])
+    packed = flat.new_zeros(len(flat) // each)
+    for place, part in enumerate(flat.view(-1, each).unbind(1)):
+        packed |= part << (place * bits)
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    values = (packed[:, None] >> places) & (2**bits - 1)
+    return values.flatten()[:math.prod(shape)].view(shape)
