@@ -25,7 +25,9 @@ _LAST_LAYERS = {"bert": {"attention": "attention.output.dense", "mlp": "output.d
 
 
 def _train_head(model: nn.Module, heads: dict[str, nn.Parameter]) -> None:
-    for parameter in heads.values():
+    """The head trains beside every method, and so do the adapters that a reversible coupling brought along."""
+    coupling = [p for name, p in model.named_parameters() if ".reversible_adapter." in name]
+    for parameter in (*heads.values(), *coupling):
         parameter.requires_grad_(True)
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 _PUBLISHED = {"meft1": (0.1, 1.0), "meft2": (1.0, 0.1), "meft3": (0.1, 0.1), "midpoint": (1.0, 1.0), "bdia": (0.5, 1.0),
-              "lossless": (0.25, 1.0)}
+              "lossless": (1 / 16, 1.0)}
 COUPLINGS = tuple(_PUBLISHED)
 FIXED_POINT = ("bdia", "lossless")
 _BITS = (1, 2, 4, 8)  # they fill a byte without a rest

@@ -239,6 +239,8 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     name = getattr(backbone, "base_model_prefix", "")
     if any(isinstance(m, SideNetwork) for m in backbone.modules()):
         raise ValueError("this model has a side network already: load the backbone anew to attach another")
+    if any(".reversible" in type(module).__module__ for module in backbone.modules()):
+        raise ValueError("this model is reversible, and a side network's backbone keeps no activations anyway: load the backbone anew")
     view = block_view(backbone)
     family = backbone.config.model_type
     causal = family in ("gpt2", "opt", "llama")
