@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memarc_utils.couplings import join_bits, to_grid
@@ -69,6 +70,22 @@ def _replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
         _set_random_state(now, device)
 
 
+@contextlib.contextmanager
+def _modes(modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Training or evaluation as it was in the forward pass: a model that was evaluated in between is computed again as it was."""
+    now = {module: module.training for module in modes}
+    try:
+        _set_modes(modes)
+        yield
+    finally:
+        _set_modes(now)
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    for module, training in modes.items():
+        module.training = training
+
+
 # ---------------------------------------------------------------------------------------------------------- backward
 class Reversed(torch.autograd.Function):
     """All blocks. Saves the streams at the ends of segments, the lost bits, and the state of the random generator."""
@@ -79,20 +96,22 @@ class Reversed(torch.autograd.Function):
         streams, saved = forward_and_save(blocks, hidden_states, context)
         saved.update({("context", i): tensor for i, tensor in shared.tensors.items()})
         ctx.blocks, ctx.keys, ctx.dtype, ctx.device = blocks, list(saved), hidden_states.dtype, hidden_states.device
-        ctx.shared, ctx.num_saved = Shared(shared.spec, shared.rest, {}), len(saved)
+        ctx.shared, ctx.parameters = Shared(shared.spec, shared.rest, {}), parameters
+        ctx.modes = {module: module.training for module in blocks.modules()}
         ctx.autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) if kind != "meta" else None
-        ctx.save_for_backward(*saved.values(), *parameters)  # the parameters: autograd then notices one that was changed
+        # All parameters, frozen ones too: autograd then notices one that was changed. What comes out may be copies (saved_tensors_hooks).
+        ctx.save_for_backward(*saved.values(), *blocks.parameters())
         return blocks.output(streams, hidden_states.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
-        tensors = ctx.saved_tensors
-        saved, parameters = dict(zip(ctx.keys, tensors)), tensors[ctx.num_saved:]
+        saved = dict(zip(ctx.keys, ctx.saved_tensors))
         context = ctx.shared.context({key[1]: t for key, t in saved.items() if key[0] == "context"})
-        way = WayBack(ctx.blocks, context, saved, ctx.dtype, ctx.device, parameters, ctx.needs_input_grad[2])
-        with _autocast(ctx.autocast, ctx.device.type):
+        way = WayBack(ctx.blocks, context, saved, ctx.dtype, ctx.device, ctx.parameters, ctx.needs_input_grad[2])
+        with _modes(ctx.modes), _autocast(ctx.autocast, ctx.device.type):
             grad_hidden = way.backward(grad_output)
-        return (None, None, grad_hidden, *(way.grads.get(id(p)) for p in parameters))
+        return (None, None, grad_hidden, *(way.grads.get(id(p)) for p in ctx.parameters))
 
 
 def _autocast(state: tuple | None, kind: str):
@@ -129,6 +148,9 @@ class WayBack:
         self.grads: dict[int, Tensor] = {}
         wanted = {id(p) for p in parameters}
         self.trainable = [[p for p in block.parameters() if id(p) in wanted] for block in blocks.children()]
+        if wanted - {id(p) for inside in self.trainable for p in inside}:
+            raise ValueError("a parameter of the blocks was replaced between the forward and the backward pass, or for the forward pass "
+                             "alone (functional_call): a reversible network computes its blocks again with the parameters they own")
         trains = [n for n, inside in enumerate(self.trainable) if inside]
         self.lowest = -1 if needs_input else trains[0]  # nothing below this layer is asked for, nor its input
 

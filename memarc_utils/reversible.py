@@ -171,10 +171,10 @@ def without_cache(context: dict) -> dict:
             **{name: False for name in ("use_cache",) if name in context}}
 
 
-def _refuse_inner_states(base: nn.Module, args: tuple, kwargs: dict) -> None:
+def _refuse_inner_states(stack: nn.Module, args: tuple, kwargs: dict) -> None:
     """The blocks run inside one call, where nobody can pick up what lies between them."""
     for name in ("output_hidden_states", "output_attentions"):
-        if kwargs.get(name) or getattr(base.config, name, False):
+        if kwargs.get(name) or getattr(stack.config, name, False):
             raise ValueError(f"a reversible network does not keep what {name} asks for: leave it out, or take forward_streams(model, batch)")
 
 
@@ -206,7 +206,8 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
     for block in view.blocks if config.adapter_width else ():
         block.reversible_adapter = Adapter(view.width, config.adapter_width).to(reference.device, reference.dtype)
     model.set_submodule(path, ReversibleBlocks(tuple(view.blocks), config, model.config.model_type).train(model.training))
-    view.base.register_forward_pre_hook(_refuse_inner_states, with_kwargs=True)
+    for stack in {view.base, getattr(view.base, "decoder", view.base)}:  # OPTForCausalLM calls its decoder past its base
+        stack.register_forward_pre_hook(_refuse_inner_states, with_kwargs=True)
     return model
 
 

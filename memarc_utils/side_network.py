@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from memarc_utils.backbones import block_view, freeze
@@ -199,7 +200,10 @@ class SideNetwork(nn.Module):
              for tap, down in zip(self.taps, self.downs)]
         state = z[0]
         for new, gate, block in zip(z[1:], self.gates, self.side_blocks):
-            state = block(gate(state, new), mask)
+            state = gate(state, new)
+            # Computed again in the backward pass: cheap at side width, and the ladder's activations would be most of the peak.
+            state = checkpoint(block, state, mask, use_reentrant=False, preserve_rng_state=False, determinism_check="none") \
+                if torch.is_grad_enabled() else block(state, mask)
         return state
 
     def _mask(self, attention_mask: Tensor | None, h: Tensor) -> Tensor | None:

@@ -1,0 +1,262 @@
+"""The recorded experiments: grids of cells, one training run and one row of results a cell, that stop and go on.
+
+``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
+row is there is skipped, so an interrupted run continues where it stopped. ``SHARD=1/4`` takes every fourth cell, the
+second of them: several machines can share a grid. A row notes the code that made it (a hash of the modules' syntax trees
+without docstrings), and a grid refuses to add to rows that other code made for the same setting.
+"""
+
+import ast
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from memarc_utils import adapters, feature_cache, training
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.backbones import REPOSITORY, load_backbone, load_tokenizer
+from memarc_utils.couplings import ReversibleConfig
+from memarc_utils.data import load_text_dataset, tokenize_dataset
+from memarc_utils.recording import append_result
+from memarc_utils.reversible import make_reversible
+from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+
+RESULTS = REPOSITORY / "data" / "results"
+_SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_keeping", "clipping", "data", "dp_sgd", "grad_sample",
+                "layer_rules", "randomness", "training")
+_MODEL = "default-encoder"
+
+
+def _side(**settings) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: attach_side_network(model, SideNetworkConfig(reduction=8, layers=2, **settings))
+
+
+def _probe_on_features(model: nn.Module) -> nn.Module:
+    """The linear probe as a side network that never moves: it reads its features from the same kind of cache."""
+    model = attach_side_network(model, SideNetworkConfig(reduction=8, layers=6, downsample="pooled", gate="none"))
+    feature_cache.side_of(model).requires_grad_(False)
+    return model
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method prepares a model, and the rates that were chosen for it on validation data (see notebook 31).
+
+    Attributes:
+        prepare: the model in place.
+        private_rates: of AdamW for private training: of most parameters, of those that start at zero, of the head.
+        rates: the same without privacy.
+        cached: trains on features that were computed once.
+        code: modules of its own, beside the engine's.
+    """
+
+    prepare: Callable[[nn.Module], nn.Module]
+    private_rates: tuple[float, float, float]
+    rates: tuple[float, float, float]
+    cached: bool = False
+    code: tuple[str, ...] = ()
+
+
+_SIDE_CODE = ("side_network", "side_blocks", "feature_cache")
+_SIDE_RATES = {"private_rates": (1e-3, 2e-2, 2e-2), "rates": (1e-3, 1e-3, 1e-3), "cached": True, "code": _SIDE_CODE}
+METHODS: dict[str, Method] = {
+    "linear-probe": Method(_probe_on_features, (2e-2, 2e-2, 2e-2), (2e-3, 2e-3, 2e-3), True, _SIDE_CODE),
+    "side-cached": Method(_side(), **_SIDE_RATES),
+    "side-cached mlp": Method(_side(block="mlp"), **_SIDE_RATES),
+    "side-cached adapter": Method(_side(block="adapter"), **_SIDE_RATES),
+    "side-cached low_rank": Method(_side(downsample="low_rank"), **_SIDE_RATES),
+    "side-cached pooled": Method(_side(downsample="pooled"), **_SIDE_RATES),
+    "side-cached orthogonal": Method(_side(downsample="orthogonal"), **_SIDE_RATES),
+    "lora": Method(adapters.add_lora, (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
+    "ffa-lora": Method(lambda model: adapters.add_lora(model, freeze_a=True), (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
+    "adapters": Method(adapters.add_bottleneck_adapters, (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
+    "bitfit": Method(adapters.select_bias_terms, (5e-3, 5e-3, 1e-2), (1e-3, 1e-3, 1e-3)),
+    "full": Method(adapters.train_everything, (5e-4, 5e-4, 5e-3), (5e-5, 5e-5, 1e-3)),
+    "rev-lora": Method(lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (2e-3, 2e-3, 1e-2),
+                       (5e-4, 5e-4, 1e-3), code=("couplings", "reversal", "reversible")),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        experiment: name of the table, ``data/results/<experiment>.csv``.
+        dataset: as in `data.load_text_dataset`.
+        method: a key of `METHODS`.
+        epsilon: target ε at δ = 1/(10 N); ``inf`` trains without privacy.
+        seed: of the new head, of the order or the sampling, and of the noise (a release draws that from the system).
+        num_steps: T of private training.
+        batch_size: expected batch size of private training.
+        epochs: of training without privacy, at batches of 32.
+        max_tokens: longer texts are cut.
+        rates: instead of the method's own.
+    """
+
+    experiment: str
+    dataset: str
+    method: str
+    epsilon: float
+    seed: int
+    num_steps: int = 50
+    batch_size: int = 1024
+    epochs: int = 3
+    max_tokens: int = 48
+    rates: tuple[float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon must be above 0, or math.inf for training without privacy, got {self.epsilon!r}")
+
+    def settings(self) -> dict:
+        """What tells this cell from others of its table, as it stands in the row."""
+        private = math.isfinite(self.epsilon)
+        method = METHODS[self.method]
+        budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
+        rates = self.rates or (method.private_rates if private else method.rates)
+        return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
+                "clipping": "automatic" if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method)}
+
+
+@functools.lru_cache(None)
+def _syntax(module: str) -> str:
+    tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[0].value.value = ""
+    return ast.dump(tree)
+
+
+def code_of(method: Method) -> str:
+    """Hash of the code that a method's result rests on; docstrings, comments and layout do not count."""
+    digest = hashlib.sha256()
+    for module in (*_SHARED_CODE, *method.code):
+        digest.update(_syntax(module).encode())
+    return digest.hexdigest()[:12]
+
+
+@functools.lru_cache(2)
+def _data(name: str, max_tokens: int) -> dict:
+    tokenizer = load_tokenizer(_MODEL)
+    return {split: tokenize_dataset(load_text_dataset(name, split), tokenizer, max_tokens).to_list()
+            for split in ("train", "validation", "test")}
+
+
+def run_cell(cell: Cell) -> dict[str, float]:
+    """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``seconds`` (of training), ``epsilon``, ``sigma``,
+    ``share`` (trainable parameters), ``num_train`` and ``sample_rate``."""
+    method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens)
+    torch.manual_seed(cell.seed)
+    labels = len({row["labels"] for row in rows["train"]})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = method.prepare(load_backbone(_MODEL, num_labels=labels)).to(device)
+    if method.cached:
+        rows = {split: feature_cache.cache_features(model, some, progress=training.progress) for split, some in rows.items()}
+    settings, size = cell.settings(), len(rows["train"])
+    share = adapters.trainable_share(model)[2]
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
+    started, found = time.perf_counter(), {"num_train": size, "share": share}
+    if math.isfinite(cell.epsilon):
+        plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
+                                        expected_batch_size=cell.batch_size, max_grad_norm=1.0)
+        sampling, noise = (torch.Generator(place).manual_seed(1000 + cell.seed) for place in ("cpu", device))
+        training.train_privately(model, rows["train"], plan, optimizer, physical_batch_size=64, sampling_generator=sampling,
+                                 noise_generator=noise, description=cell.method)
+        found.update(epsilon=plan.epsilon(), sigma=plan.noise_multiplier, delta=plan.delta, sample_rate=plan.sample_rate)
+    else:
+        training.train_without_privacy(model, rows["train"], optimizer, num_epochs=cell.epochs, description=cell.method,
+                                       generator=torch.Generator().manual_seed(cell.seed))
+    found["seconds"] = time.perf_counter() - started
+    return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}
+
+
+def table_of(experiment: str) -> Path:
+    return RESULTS / f"{experiment}.csv"
+
+
+def finished(cell: Cell) -> bool:
+    """Whether the cell's row is in its table.
+
+    Raises:
+        ValueError: the table has rows of the same setting that other code made.
+    """
+    path, wanted = table_of(cell.experiment), cell.settings()
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == cell.method and row["dataset"] == cell.dataset]
+    for row in rows:
+        have = json.loads(row["settings"])
+        if {**have, "code": ""} == {**wanted, "code": ""} and have["code"] != wanted["code"]:
+            raise ValueError(f"{path.name} has rows of {cell.method} on {cell.dataset} that other code made ({have['code']}, now "
+                             f"{wanted['code']}): move them away, or check out the code that made them (commit {row['commit']})")
+        if have == wanted and row["seed"] == str(cell.seed):
+            return True
+    return False
+
+
+def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
+    """Runs the cells that have no row yet, and appends two rows for each: validation and test accuracy. Returns how many ran.
+
+    Args:
+        cells: all of the grid.
+        shard: (i, n) takes the cells i, i + n, i + 2n, ....
+
+    Raises:
+        ValueError: see `finished`; found before anything runs.
+    """
+    index, count = shard
+    missing = [cell for cell in cells[index::count] if not finished(cell)]
+    for cell in training.progress(missing, "cells", len(missing)):
+        found = run_cell(cell)
+        private = math.isfinite(cell.epsilon)
+        for split in ("validation", "test"):
+            append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model="all-MiniLM-L6-v2",
+                          dataset=cell.dataset, num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
+                          delta=found.get("delta"), accountant="pld" if private else None, noise_multiplier=found.get("sigma"),
+                          sample_rate=found.get("sample_rate"), num_steps=cell.num_steps if private else None,
+                          max_grad_norm=1.0 if private else None, seed=cell.seed, metric=f"{split}_accuracy",
+                          value=found[f"{split}_accuracy"], unit="share", trainable_share=found["share"], settings=cell.settings())
+    return len(missing)
+
+
+def _grid(dataset: str, methods: list[str], epsilons: tuple[float, ...] = (8.0, 3.0, 1.0, math.inf), seeds: int = 3, **settings) -> list[Cell]:
+    return [Cell("31_classification", dataset, method, epsilon, seed, **settings)
+            for method in methods for epsilon in epsilons for seed in range(seeds)]
+
+
+_CACHED = [name for name, method in METHODS.items() if method.cached]
+_THROUGH = [name for name, method in METHODS.items() if not method.cached]
+GRIDS: dict[str, Callable[[], list[Cell]]] = {
+    "film_reviews": lambda: _grid("film_reviews", _CACHED, num_steps=100) + _grid("film_reviews", _THROUGH, num_steps=20, batch_size=512),
+    "sst2": lambda: _grid("sst2", _CACHED, num_steps=100) + _grid("sst2", _THROUGH, num_steps=20, batch_size=512, epochs=1),
+}
+
+
+def main(arguments: list[str]) -> None:
+    names = arguments or list(GRIDS)
+    if unknown := [name for name in names if name not in GRIDS]:
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}")
+    index, count = (int(part) for part in os.environ.get("SHARD", "0/1").split("/"))
+    if not 0 <= index < count:
+        raise SystemExit(f"SHARD must be i/n with 0 <= i < n, got {index}/{count}")
+    for name in names:
+        print(f"{name}: {run_grid(GRIDS[name](), (index, count))} cells ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
