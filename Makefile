@@ -4,9 +4,11 @@
 #   make run NOTEBOOK=22     another one by number or name, or NOTEBOOK=all
 #   make test                every test and every notebook (small parameters)
 #   make lab                 JupyterLab in the same environment
+#   make experiments         the recorded grids (GRID=film_reviews for one; SHARD=1/4 for a part): hours, and goes on where it stopped
 #   make refresh NOTEBOOK=22 execute with default parameters and write the outputs back into the notebook
 
 NOTEBOOK ?= 00
+GRID ?=
 PYTHON ?=
 PYTEST_ARGUMENTS ?=
 
@@ -17,7 +19,7 @@ find_python = for candidate in $(PYTHON) python3.11 python3.12 python3.13 python
 
 in_environment = PYTHONUNBUFFERED=1 .venv/bin/python
 
-.PHONY: run test lab refresh setup
+.PHONY: run test lab refresh experiments setup
 
 run: setup
 	@$(in_environment) -m memarc_utils.notebooks run "$(NOTEBOOK)"
@@ -31,6 +33,9 @@ lab: setup
 
 refresh: setup
 	@$(in_environment) -m memarc_utils.notebooks refresh "$(NOTEBOOK)"
+
+experiments: setup
+	@$(in_environment) -m memarc_utils.experiments $(GRID)
 
 setup:
 	@python=$$($(find_python)); \

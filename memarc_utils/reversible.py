@@ -198,7 +198,7 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
         raise ValueError("this model is reversible already: load the backbone anew to couple it in another way")
     if any(".side_blocks." in name for name, _ in model.named_modules()):
         raise ValueError("this model has a side network, beside which the backbone keeps no activations: load the backbone anew")
-    if getattr(model, "is_gradient_checkpointing", False):
+    if getattr(model, "is_activation_checkpointing", False):
         raise ValueError("a reversible network recomputes its activations already: call model.activation_checkpointing_disable()")
     config.check_depth(len(view.blocks))
     path = next(name for name, module in model.named_modules() if module is view.blocks)

@@ -1,0 +1,97 @@
+"""`experiments`: a grid goes on where it stopped, keeps rows of other code apart, and can be shared among machines."""
+
+import csv
+import functools
+import json
+import math
+
+import pytest
+
+from memarc_utils import experiments
+from memarc_utils.data import load_text_dataset, tokenize_dataset
+from memarc_utils.experiments import GRIDS, METHODS, Cell, code_of, finished, main, run_cell, run_grid
+
+
+@functools.lru_cache(1)
+def sixty_rows(name, max_tokens):
+    tokenizer = experiments.load_tokenizer("default-encoder")
+    return {split: tokenize_dataset(load_text_dataset(name, split).select(range(60)), tokenizer, max_tokens).to_list()
+            for split in ("train", "validation", "test")}
+
+
+@pytest.fixture
+def few_rows(monkeypatch, tmp_path):
+    """Sixty reviews, ten tokens each, and a folder of results of its own."""
+    monkeypatch.setattr(experiments, "_data", sixty_rows)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments.feature_cache, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+def cell(method="linear-probe", epsilon=8.0, seed=0, **settings):
+    return Cell("grid", "film_reviews", method, epsilon, seed, **{"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10, **settings})
+
+
+def rows_of(folder):
+    with open(folder / "grid.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_its_share_is_its_own(method, few_rows):
+    found = run_cell(cell(method))
+    assert 0 <= found["test_accuracy"] <= 1 and 7.99 < found["epsilon"] <= 8
+    assert found["share"] == 1.0 if method == "full" else 0 < found["share"] < 0.05
+    assert math.isfinite(found["sigma"]) and found["num_train"] == 60
+
+
+def test_a_grid_goes_on_where_it_stopped(few_rows):
+    cells = [cell(seed=seed, epsilon=epsilon) for seed in (0, 1) for epsilon in (8.0, math.inf)]
+    assert run_grid(cells[:1]) == 1
+    first = rows_of(few_rows)
+    assert [row["metric"] for row in first] == ["validation_accuracy", "test_accuracy"]
+    assert run_grid(cells, shard=(1, 2)) == 2 and run_grid(cells) == 1 and run_grid(cells) == 0
+    rows = rows_of(few_rows)
+    assert rows[:2] == first and len(rows) == 8
+    assert {(row["seed"], row["epsilon"] == "inf") for row in rows} == {(seed, open_) for seed in "01" for open_ in (True, False)}
+    assert all(not finished(other) for other in (cell(seed=2), cell(batch_size=21), cell("lora"), cell(rates=(1e-3, 1e-3, 1e-3))))
+
+
+def test_rows_of_other_code_are_not_added_to(few_rows):
+    run_grid([cell()])
+    path = few_rows / "grid.csv"
+    path.write_text(path.read_text(encoding="utf-8").replace(code_of(METHODS["linear-probe"]), "0123456789ab"), encoding="utf-8")
+    with pytest.raises(ValueError, match="rows of linear-probe on film_reviews that other code made .0123456789ab, now"):
+        run_grid([cell(seed=1)])
+    assert len(rows_of(few_rows)) == 2
+
+
+def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
+    module = tmp_path / "clipping.py"
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+    hashes = []
+    for text in ('"""One."""\ndef f(x):\n    """Two."""\n    return x\n', '"""Other."""\n\n# why\ndef f(x):\n    """Words."""\n    return (x)\n',
+                 '"""One."""\ndef f(x):\n    """Two."""\n    return -x\n'):
+        module.write_text(text, encoding="utf-8")
+        experiments._syntax.cache_clear()
+        hashes.append(experiments._syntax("clipping"))
+    experiments._syntax.cache_clear()
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_settings_are_json_and_tell_cells_apart():
+    cells = [c for grid in GRIDS.values() for c in grid()]
+    keys = [(c.dataset, c.method, c.seed, json.dumps(c.settings(), sort_keys=True, allow_nan=False)) for c in cells]
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_cannot_run_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="method must be one of linear-probe"):
+        cell("prefix")
+    with pytest.raises(ValueError, match="epsilon must be above 0"):
+        cell(epsilon=0.0)
+    with pytest.raises(SystemExit, match="unknown grid mars"):
+        main(["mars"])
+    monkeypatch.setenv("SHARD", "2/2")
+    with pytest.raises(SystemExit, match="SHARD must be i/n"):
+        main(["film_reviews"])
