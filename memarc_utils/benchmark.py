@@ -29,6 +29,7 @@ from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.dp_sgd import make_private
 from memarc_utils.feature_cache import cache_features
+from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import classification_losses, progress
 from memarc_utils.zeroth_order import make_zeroth_order
@@ -66,6 +67,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "adapters": add_bottleneck_adapters,
     "bitfit": select_bias_terms,
     "probe": select_linear_probe,
+    "rev-lora": lambda model: make_reversible(add_lora(model)),
     "side": lambda model: attach_side_network(model, _REDUCTION_8),
     "side-cached": lambda model: attach_side_network(model, replace(_REDUCTION_8, downsample="pooled")),
 }
@@ -112,6 +114,9 @@ class StepCase:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
         if self.method == "side-cached" and (self.checkpointing or self.engine not in ("non-private", "book-keeping")):
             raise ValueError("side-cached is measured without checkpointing, as non-private or book-keeping")
+        if self.method.startswith("rev") and (self.checkpointing or self.engine.startswith("opacus")):
+            raise ValueError(f"{self.method} recomputes its activations itself: measure it without checkpointing and without opacus, whose "
+                             "hooks do not see what is recomputed")
         if self.engine.startswith("opacus") and self.checkpointing:
             raise ValueError("opacus's module hooks cannot run under activation checkpointing: take checkpointing=False")
 

@@ -46,5 +46,5 @@ def recorded(prepare: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 def _plain(value):
     if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
+        return {name: _plain(inner) for name, inner in dataclasses.asdict(value).items()}
     return list(value) if isinstance(value, tuple) else value

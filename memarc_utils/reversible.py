@@ -175,7 +175,7 @@ def _refuse_inner_states(stack: nn.Module, args: tuple, kwargs: dict) -> None:
     """The blocks run inside one call, where nobody can pick up what lies between them."""
     for name in ("output_hidden_states", "output_attentions"):
         if kwargs.get(name) or getattr(stack.config, name, False):
-            raise ValueError(f"a reversible network does not keep what {name} asks for: leave it out, or take forward_streams(model, batch)")
+            raise ValueError(f"a reversible network does not keep what {name} asks for: drop it, or take forward_streams(model, batch)")
 
 
 @recorded
@@ -300,8 +300,8 @@ def reconstruction_error(model: nn.Module, batch: dict[str, Tensor], bound: floa
     found = invert(model, outputs)
     by_layer = tuple(max(relative(got, want) for got, want in zip(*pair)) for pair in zip(found, outputs.before))
     if not max(by_layer) <= bound:
-        warnings.warn(f"the inputs of layer {by_layer.index(max(by_layer))} come back with a relative error of {max(by_layer):.1e}, and the "
-                      f"gradient is off by about as much (bound {bound:.0e}): take coupling='lossless', a shorter segment, or "
+        warnings.warn(f"the inputs of layer {by_layer.index(max(by_layer))} come back with a relative error of {max(by_layer):.1e}, and "
+                      f"the gradient is off by about as much (bound {bound:.0e}): take coupling='lossless', a shorter segment, or "
                       "larger coefficients", stacklevel=2)
     return ReconstructionError(by_layer)
 

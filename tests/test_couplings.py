@@ -228,7 +228,8 @@ def test_every_lambda_that_the_refusal_names_works():
 
 @pytest.mark.parametrize("config", [
     ReversibleConfig("meft1"), ReversibleConfig("meft1", stream_dtype="float32", adapter_width=4), ReversibleConfig("meft3"),
-    ReversibleConfig("meft2", (1.0, 1e-3), stream_dtype="float32"), ReversibleConfig("meft1", (0.5, 1.0), segment=20, stream_dtype="float32"),
+    ReversibleConfig("meft2", (1.0, 1e-3), stream_dtype="float32"),
+    ReversibleConfig("meft1", (0.5, 1.0), segment=20, stream_dtype="float32"),
     ReversibleConfig("meft3", (1e-8, 1e-8))], ids=lambda config: f"{config.coupling}-{config.coefficients}-{config.stream_dtype}")
 def test_what_a_refused_depth_is_told_to_take_does_work(config):
     layers = 24

@@ -86,6 +86,14 @@ def test_whatever_trains(family, method, kind):
         assert float((got[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()) + 1e-7, name
 
 
+def test_a_weight_that_blocks_share_gets_both_gradients():
+    model = tiny("bert", layers=3)
+    layers = model.bert.encoder.layer
+    layers[2].output.dense.weight = layers[0].output.dense.weight
+    make_reversible(train_everything(model), ReversibleConfig())
+    assert gradient_error(model, padded_batch(model), plain_losses) <= 1e-6
+
+
 @pytest.mark.parametrize("segment", [1, 2, 3])
 def test_segments_give_the_same_gradient(segment):
     model = prepared(("gpt2", "causal_lm", True), "meft1", "all", layers=5, coefficients=(0.1, 1.0), segment=segment)
