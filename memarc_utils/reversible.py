@@ -5,8 +5,10 @@ coupling of our own that is undone exactly (see `couplings`). The forward pass k
 the blocks. The backward pass goes down layer by layer: from a layer's outputs it computes the layer's inputs again, and with the
 same evaluation of the block the gradient. One block's activations stand at a time, whatever the depth.
 
-With book-keeping, norms and clipped sums use the same recorded tensors, so that a reconstruction which is not exact costs
-accuracy and never sensitivity.
+With book-keeping, norms and clipped sums use the same recorded tensors, so an example's own gradient is clipped to C however
+inexact the reconstruction is. What an inexact one can do is let rounding through: a kernel may round the other examples' numbers
+differently when one is left out, and an inverse that magnifies this moves their gradients. Settings for which that could matter
+are refused.
 """
 
 import inspect
