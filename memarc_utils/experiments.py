@@ -1,6 +1,6 @@
 """The recorded experiments: grids of cells, one training run and one row of results a cell, that stop and go on.
 
-``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
+``python -m memarc_utils.experiments steps`` measures what a step of each method takes. ``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
 row is there is skipped, so an interrupted run continues where it stopped. ``SHARD=1/4`` takes every fourth cell, the
 second of them: several machines can share a grid. A row notes the code that made it (a hash of the modules' syntax trees
 without docstrings), and a grid refuses to add to rows that other code made for the same setting.
@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import nn
 from memarc_utils import adapters, feature_cache, training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.backbones import REPOSITORY, load_backbone, load_tokenizer
+from memarc_utils.benchmark import StepCase, measure_cases
 from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.recording import append_result
@@ -251,10 +252,36 @@ GRIDS: dict[str, Callable[[], list[Cell]]] = {
     for dataset in ("film_reviews", "sst2")}
 
 
+def _step_cases() -> list[StepCase]:
+    """Every method of this collection beside DP-LoRA, in one run; depth by per-layer clipping; totals at RoBERTa-large's shape."""
+    ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "rev-lora", "bitfit")]
+    deep = [StepCase("rev-lora", "book-keeping", shape, clipping="per_layer", repeats=1)
+            for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
+    large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}
+    return [*ours, StepCase("lora", "book-keeping", checkpointing=True), StepCase("full", "zeroth order", repeats=3), *deep,
+            *(StepCase(method, "book-keeping", **large) for method in ("side", "lora", "full"))]
+
+
+def measure_steps(cases: list[StepCase]) -> None:
+    """Measures one case after the other and appends seconds, peak and model size of each to ``data/results/step_costs.csv``. The machine
+    must have nothing else to do."""
+    nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps", "trainable_share"))
+    for case in training.progress(cases, "steps", len(cases)):
+        found = measure_cases([case]).iloc[0]
+        settings = {name: value for name, value in asdict(case).items() if name != "method"}
+        for metric, column, unit in (("seconds_per_step", "seconds", "s"), ("peak_memory", "peak_mb", "MB"), ("model_memory", "model_mb", "MB")):
+            append_result(table_of("step_costs"), experiment="step_costs", method=case.method, model=case.shape, dataset="random tokens", seed=0,
+                          metric=metric, value=float(found[column]), unit=unit, settings=settings, noise_multiplier=1.0, max_grad_norm=1.0,
+                          device="cpu", **nothing)
+
+
 def main(arguments: list[str]) -> None:
     names = arguments or list(GRIDS)
+    if names == ["steps"]:
+        measure_steps(_step_cases())
+        return
     if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}")
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, by itself, to measure time and memory")
     index, count = (int(part) for part in os.environ.get("SHARD", "0/1").split("/"))
     if not 0 <= index < count:
         raise SystemExit(f"SHARD must be i/n with 0 <= i < n, got {index}/{count}")

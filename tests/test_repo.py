@@ -28,7 +28,8 @@ FLOORS = [
     {"sensitivity"},
     {"side_network", "reversible", "adapters", "zeroth_order", "auditing", "dp_sgd"},
     {"feature_cache", "saving", "training", "memory"},
-    {"benchmark", "experiments"},
+    {"benchmark"},
+    {"experiments"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in (ROOT / "memarc_utils").glob("*.py") if path.stem != "__init__")
