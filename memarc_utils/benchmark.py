@@ -1,7 +1,7 @@
 """One training step of a method under an engine, measured in a process of its own: seconds, and resident memory.
 
 A comparison is a list of `StepCase`, measured one process after the other on an idle machine. Memory is the highest resident
-size over all steps above the size with the model and the optimizer loaded, sampled every 2 ms; the allocator of the process
+size, mapped files apart, over all steps above the size with the model and the optimizer loaded, sampled every 2 ms; the allocator of the process
 gives freed memory back at once (`ALLOCATOR`), so that what is resident is what is held.
 """
 
@@ -149,9 +149,11 @@ def _in_fresh_process(case: StepCase) -> dict[str, float]:
 
 
 def _resident_bytes() -> int:
+    """Without the pages of mapped files (a feature cache, libraries), which the system takes back whenever it likes."""
     import psutil
 
-    return psutil.Process().memory_info().rss
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 class _PeakResident:

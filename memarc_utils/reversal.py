@@ -166,11 +166,13 @@ class WayBack:
     def backward(self, grad_output: Tensor) -> Tensor | None:
         """The gradient of the embeddings, if it was asked for; that of the parameters lies in `grads`."""
         d1, d2 = (grad_output / 2, grad_output / 2) if self.blocks.takes_mean else (None, grad_output)
-        streams = None
+        streams, since_stored = None, 0
         for n in range(len(self.blocks) - 1, max(self.lowest, 0) - 1, -1):
             if self.blocks.coupling.swap:
                 d1, d2 = d2, d1
-            streams, d1, d2 = self._undo(n, *self._outputs(n, streams), d1, d2)
+            since_stored = 0 if ("x1", n) in self.saved else since_stored + 1
+            # Two layers below stored streams y1 is nobody's but ours, unless a block read it as it is: its memory takes x1.
+            streams, d1, d2 = self._undo(n, *self._outputs(n, streams), d1, d2, reuse=since_stored > 1 and self.dtype != self.blocks.coupling.dtype)
         return _sum(d1, d2) if self.lowest < 0 else None
 
     def _outputs(self, n: int, streams: Streams | None) -> Streams:
@@ -178,7 +180,7 @@ class WayBack:
         streams = (self.saved["x1", n], self.saved["x2", n]) if ("x1", n) in self.saved else streams
         return streams[::-1] if self.blocks.coupling.swap else streams
 
-    def _undo(self, n: int, y1: Tensor, y2: Tensor, d1: Tensor | None = None, d2: Tensor | None = None
+    def _undo(self, n: int, y1: Tensor, y2: Tensor, d1: Tensor | None = None, d2: Tensor | None = None, reuse: bool = False
               ) -> tuple[Streams | None, Tensor | None, Tensor | None]:
         """A layer's inputs and their gradients from its outputs and theirs; F and G are evaluated once for both."""
         coupling, asked = self.blocks.coupling, n > self.lowest
@@ -186,20 +188,26 @@ class WayBack:
         added, d_y1 = self._pull_back(n, "second", self.blocks.second(n, self.context), y1, d2, True)
         x2 = _divided(y2 if added is None else y2 - added, beta)
         d1 = _sum(d1, d_y1)
-        change, d_x2 = self._pull_back(n, "first", self.blocks.first(n, self.context), x2, d1, asked)
+
+        def without(change: Tensor) -> Tensor:
+            change = to_grid(change) if coupling.bits else change
+            return y1.sub_(change) if reuse and coupling.bits else y1 - change
+
+        rest, d_x2 = self._pull_back(n, "first", self.blocks.first(n, self.context), x2, d1, asked, without if asked else None)
         if not asked:
             return None, None, None
         d2 = _sum(d2 if d2 is None or beta == 1 else d2 * beta, d_x2)
         d1 = d1 if d1 is None or lam == 1 else d1 * lam
         if coupling.bits:
-            x1 = join_bits(y1 - to_grid(change), self.saved["lost", n], coupling.bits)
+            x1 = join_bits(rest, self.saved["lost", n], coupling.bits)
         else:
-            x1 = _divided(y1 if change is None else y1 - change, lam)
+            x1 = _divided(y1 if rest is None else rest, lam)
         return (x1, x2), d1, d2
 
-    def _pull_back(self, n: int, half: str, function: Callable | None, x: Tensor, grad: Tensor | None, needs_x: bool
-                   ) -> tuple[Tensor | None, Tensor | None]:
-        """The function's value at x, and the gradient of x; its parameters' gradients are added up on the way."""
+    def _pull_back(self, n: int, half: str, function: Callable | None, x: Tensor, grad: Tensor | None, needs_x: bool,
+                   use: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """The function's value at x, or what ``use`` makes of it, and the gradient of x; its parameters' gradients are added up on the
+        way. The value itself is let go before the backward pass, where the peak lies."""
         if function is None:
             return None, None
         parameters = self.trainable[n] if grad is not None else []
@@ -207,14 +215,17 @@ class WayBack:
         with torch.set_grad_enabled(grad is not None), _replayed(self.saved.get((half, n)), self.device):
             x.requires_grad_(grad is not None and needs_x)
             value = function(x)
+        result = value.detach() if use is None else use(value.detach())
         if not value.requires_grad:
-            return value.detach(), None
+            return result, None
+        edge, grad = torch.autograd.graph.get_gradient_edge(value), grad.to(value.dtype)
+        del value
         inputs = [*([x] if x.requires_grad else []), *parameters]
-        got = torch.autograd.grad(value, inputs, grad.to(value.dtype), allow_unused=True)
+        got = torch.autograd.grad([edge], inputs, [grad], allow_unused=True)
         for parameter, one in zip(parameters, got[len(inputs) - len(parameters):]):
             if one is not None:
                 self.grads[id(parameter)] = _sum(self.grads.get(id(parameter)), one)
-        return value.detach(), got[0] if x.requires_grad else None
+        return result, got[0] if x.requires_grad else None
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
