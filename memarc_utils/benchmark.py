@@ -35,7 +35,7 @@ from memarc_utils.training import classification_losses, progress
 from memarc_utils.zeroth_order import make_zeroth_order
 
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost", "zeroth order")
+ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost")  # that train by gradients
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _SAMPLING_INTERVAL = 0.002  # seconds
 _WARM_UP_STEPS = 2  # the engine looks for examples that meet in the first step, or two where a layer starts at zero
@@ -106,7 +106,7 @@ class StepCase:
     optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("engine", ENGINES), ("shape", SHAPES), ("optimizer", OPTIMIZERS)):
+        for name, known in (("method", METHODS), ("engine", (*ENGINES, "zeroth order")), ("shape", SHAPES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "num_tokens", "threads", "repeats"):

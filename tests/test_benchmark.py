@@ -20,7 +20,7 @@ def test_a_fresh_process_measures_a_step():
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize("method, engine", [
-    *((method, engine) for method in ("full", "lora", "bitfit") for engine in ENGINES), ("side-cached", "non-private"),
+    *((method, engine) for method in ("full", "lora", "bitfit") for engine in (*ENGINES, "zeroth order")), ("side-cached", "non-private"),
     *((method, "book-keeping") for method in METHODS if method not in ("full", "lora", "bitfit"))])
 def test_every_engine_moves_what_trains_and_nothing_else(method, engine, monkeypatch):
     """The optimizer is watched from its making; with noise, and only with noise, everything it holds moves."""
