@@ -51,7 +51,11 @@ def _probe_on_features(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """How a method prepares a model, and the rates that were chosen for it on validation data (see notebook 31).
+    """How a method prepares a model, and its rates.
+
+    Chosen by validation accuracy on film reviews at ε = 8, one seed: the side network's private rates among (5e-4, 1e-2, 2e-2),
+    (1e-3, 2e-2, 2e-2) and (2e-3, 4e-2, 4e-2), the probe's among 2e-2 and 5e-2 (the lower one, by stability). The other methods' rates
+    are those of notebook 00 or starting points; no search has chosen them: give a cell ``rates`` of its own.
 
     Attributes:
         prepare: the model in place.
@@ -78,12 +82,12 @@ METHODS: dict[str, Method] = {
     "side-cached low_rank": Method(_side(downsample="low_rank"), **_SIDE_RATES),
     "side-cached pooled": Method(_side(downsample="pooled"), **_SIDE_RATES),
     "side-cached orthogonal": Method(_side(downsample="orthogonal"), **_SIDE_RATES),
-    "lora": Method(adapters.add_lora, (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
-    "ffa-lora": Method(lambda model: adapters.add_lora(model, freeze_a=True), (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
-    "adapters": Method(adapters.add_bottleneck_adapters, (2e-3, 2e-3, 1e-2), (5e-4, 5e-4, 1e-3)),
+    "lora": Method(adapters.add_lora, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
+    "ffa-lora": Method(lambda model: adapters.add_lora(model, freeze_a=True), (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
+    "adapters": Method(adapters.add_bottleneck_adapters, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
     "bitfit": Method(adapters.select_bias_terms, (5e-3, 5e-3, 1e-2), (1e-3, 1e-3, 1e-3)),
     "full": Method(adapters.train_everything, (5e-4, 5e-4, 5e-3), (5e-5, 5e-5, 1e-3)),
-    "rev-lora": Method(lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (2e-3, 2e-3, 1e-2),
+    "rev-lora": Method(lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (1e-3, 5e-3, 1e-1),
                        (5e-4, 5e-4, 1e-3), code=("couplings", "reversal", "reversible")),
 }
 
