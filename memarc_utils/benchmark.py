@@ -1,8 +1,8 @@
 """One training step of a method under an engine, measured in a process of its own: seconds, and resident memory.
 
 A comparison is a list of `StepCase`, measured one process after the other on an idle machine. Memory is the highest resident
-size, mapped files apart, over all steps above the size with the model and the optimizer loaded, sampled every 2 ms; the allocator of the process
-gives freed memory back at once (`ALLOCATOR`), so that what is resident is what is held.
+size, mapped files apart, over all steps above the size with the model and the optimizer loaded, sampled every 2 ms; the
+allocator of the process gives freed memory back at once (`ALLOCATOR`), so that what is resident is what is held.
 """
 
 import dataclasses

@@ -19,7 +19,8 @@ With `swap` the next layer reads (y2, y1). F and G are a block of the backbone, 
 The last three are one recurrence, ``h_{n+1} = λ h_{n−1} + F(h_n)``. Dividing by λ multiplies the error that a stream carries by
 1/λ a layer. ``bdia`` and ``lossless`` take λ = 2⁻ᵏ and hold their streams as whole multiples of 2⁻³⁰: then what λ h_{n−1} loses
 is exactly its k lowest bits. They are kept (k bits a number a layer, 32 / k times less than the number itself) and the inverse
-is exact at any depth.
+is exact at any depth, as long as a block that is computed twice gives the same numbers. A backward pass that reaches the first
+layer checks that it did.
 """
 
 import math

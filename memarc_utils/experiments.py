@@ -1,9 +1,10 @@
 """The recorded experiments: grids of cells, one training run and one row of results a cell, that stop and go on.
 
-``python -m memarc_utils.experiments steps`` measures what a step of each method takes. ``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
+``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
 row is there is skipped, so an interrupted run continues where it stopped. ``SHARD=1/4`` takes every fourth cell, the
 second of them: several machines can share a grid. A row notes the code that made it (a hash of the modules' syntax trees
 without docstrings), and a grid refuses to add to rows that other code made for the same setting.
+``python -m memarc_utils.experiments steps`` measures what a step of each method takes, on a machine that does nothing else.
 """
 
 import ast
@@ -14,7 +15,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ RESULTS = REPOSITORY / "data" / "results"
 _SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_keeping", "clipping", "data", "dp_sgd", "grad_sample",
                 "layer_rules", "randomness", "training")
 _MODEL = "default-encoder"
+_LAST_METRIC = "test_accuracy"  # of a cell's rows
 
 
 def _side(**settings) -> Callable[[nn.Module], nn.Module]:
@@ -43,7 +44,8 @@ def _side(**settings) -> Callable[[nn.Module], nn.Module]:
 
 
 def _probe_on_features(model: nn.Module) -> nn.Module:
-    """The linear probe as a side network that never moves: it reads its features from the same kind of cache."""
+    """The linear probe as a side network that never moves, so that it reads from the same kind of cache. ``layers=6`` taps the encoder's
+    last block alone."""
     model = attach_side_network(model, SideNetworkConfig(reduction=8, layers=6, downsample="pooled", gate="none"))
     feature_cache.side_of(model).requires_grad_(False)
     return model
@@ -125,6 +127,12 @@ class Cell:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon must be above 0, or math.inf for training without privacy, got {self.epsilon!r}")
+        for name, least in (("seed", 0), ("num_steps", 1), ("batch_size", 1), ("epochs", 1), ("max_tokens", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number >= {least}, got {getattr(self, name)!r}")
+        if self.rates is not None and (len(self.rates) != 3 or not all(rate > 0 for rate in self.rates)):
+            raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
+                             f"{self.rates!r}")
 
     def settings(self) -> dict:
         """What tells this cell from others of its table, as it stands in the row."""
@@ -162,8 +170,8 @@ def _data(name: str, max_tokens: int) -> dict:
 
 
 def run_cell(cell: Cell) -> dict[str, float | int]:
-    """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``seconds`` (of training), ``epsilon``, ``sigma``,
-    ``share`` (trainable parameters), ``num_train`` and ``sample_rate``."""
+    """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``share`` (of the parameters that train),
+    ``num_train``, and of a private run ``epsilon``, ``sigma``, ``delta`` and ``sample_rate``."""
     method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens)
     torch.manual_seed(cell.seed)
     labels = len({row["labels"] for row in rows["train"]})
@@ -174,7 +182,7 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     settings, size = cell.settings(), len(rows["train"])
     share = adapters.trainable_share(model)[2]
     optimizer = torch.optim.AdamW(training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
-    started, found = time.perf_counter(), {"num_train": size, "share": share}
+    found = {"num_train": size, "share": share}
     if math.isfinite(cell.epsilon):
         plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
                                         expected_batch_size=cell.batch_size, max_grad_norm=1.0)
@@ -185,7 +193,6 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     else:
         training.train_without_privacy(model, rows["train"], optimizer, num_epochs=cell.epochs, description=cell.method,
                                        generator=torch.Generator().manual_seed(cell.seed))
-    found["seconds"] = time.perf_counter() - started
     return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}
 
 
@@ -209,7 +216,7 @@ def finished(cell: Cell) -> bool:
         if {**have, "code": ""} == {**wanted, "code": ""} and have["code"] != wanted["code"]:
             raise ValueError(f"{path.name} has rows of {cell.method} on {cell.dataset} that other code made ({have['code']}, now "
                              f"{wanted['code']}): move them away, or check out the code that made them (commit {row['commit']})")
-        if have == wanted and row["seed"] == str(cell.seed):
+        if have == wanted and row["seed"] == str(cell.seed) and row["metric"] == _LAST_METRIC:
             return True
     return False
 
@@ -229,7 +236,7 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
     for cell in training.progress(missing, "cells", len(missing)):
         found = run_cell(cell)
         private = math.isfinite(cell.epsilon)
-        for split in ("validation", "test"):
+        for split in ("validation", "test"):  # in this order: `finished` looks for the last one
             append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model="all-MiniLM-L6-v2",
                           dataset=cell.dataset, num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
                           delta=found.get("delta"), accountant="pld" if private else None, noise_multiplier=found.get("sigma"),
@@ -239,21 +246,23 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
     return len(missing)
 
 
-def _grid(dataset: str, methods: list[str], epsilons: tuple[float, ...] = (8.0, 3.0, 1.0, math.inf), seeds: int = 3, **settings) -> list[Cell]:
+def _grid(dataset: str, methods: list[str], **settings) -> list[Cell]:
     return [Cell("31_classification", dataset, method, epsilon, seed, **settings)
-            for method in methods for epsilon in epsilons for seed in range(seeds)]
+            for method in methods for epsilon in (8.0, 3.0, 1.0, math.inf) for seed in range(3)]
 
 
 # Features that were computed once allow many steps of large batches in the time that a few small ones through the backbone take.
 _CACHED = {"num_steps": 60, "batch_size": 1024}
 _THROUGH = {"num_steps": 20, "batch_size": 512, "epochs": 1}
-GRIDS: dict[str, Callable[[], list[Cell]]] = {
-    dataset: functools.partial(lambda dataset: [
-        *_grid(dataset, ["linear-probe", "side-cached"], **_CACHED),
-        *_grid(dataset, ["lora", "rev-lora", "bitfit"], **_THROUGH),
-        *_grid(dataset, [name for name in METHODS if name.startswith("side-cached ")], **_CACHED),
-        *_grid(dataset, ["full", "adapters", "ffa-lora"], **_THROUGH)], dataset)
-    for dataset in ("film_reviews", "sst2")}
+def _classification(dataset: str) -> list[Cell]:
+    """The comparison that a reader looks for first comes first: an interrupted grid has answered something."""
+    return [*_grid(dataset, ["linear-probe", "side-cached"], **_CACHED),
+            *_grid(dataset, ["lora", "rev-lora", "bitfit"], **_THROUGH),
+            *_grid(dataset, [name for name in METHODS if name.startswith("side-cached ")], **_CACHED),
+            *_grid(dataset, ["full", "adapters", "ffa-lora"], **_THROUGH)]
+
+
+GRIDS: dict[str, Callable[[], list[Cell]]] = {name: functools.partial(_classification, name) for name in ("film_reviews", "sst2")}
 
 
 def _step_cases() -> list[StepCase]:
@@ -270,13 +279,14 @@ def measure_steps(cases: list[StepCase]) -> None:
     """Measures one case after the other and appends seconds, peak and model size of each to ``data/results/step_costs.csv``. The machine
     must have nothing else to do."""
     nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps", "trainable_share"))
+    metrics = {"seconds_per_step": ("seconds", "s"), "peak_memory": ("peak_mb", "MB"), "model_memory": ("model_mb", "MB")}
     for case in training.progress(cases, "steps", len(cases)):
         found = measure_cases([case]).iloc[0]
         settings = {name: value for name, value in asdict(case).items() if name != "method"}
-        for metric, column, unit in (("seconds_per_step", "seconds", "s"), ("peak_memory", "peak_mb", "MB"), ("model_memory", "model_mb", "MB")):
-            append_result(table_of("step_costs"), experiment="step_costs", method=case.method, model=case.shape, dataset="random tokens", seed=0,
-                          metric=metric, value=float(found[column]), unit=unit, settings=settings, noise_multiplier=1.0, max_grad_norm=1.0,
-                          device="cpu", **nothing)
+        for metric, (column, unit) in metrics.items():
+            append_result(table_of("step_costs"), experiment="step_costs", method=case.method, model=case.shape, seed=0,
+                          dataset="random tokens", metric=metric, value=float(found[column]), unit=unit, settings=settings,
+                          noise_multiplier=1.0, max_grad_norm=1.0, device="cpu", **nothing)
 
 
 def main(arguments: list[str]) -> None:
@@ -286,11 +296,12 @@ def main(arguments: list[str]) -> None:
         return
     if unknown := [name for name in names if name not in GRIDS]:
         raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, by itself, to measure time and memory")
-    index, count = (int(part) for part in os.environ.get("SHARD", "0/1").split("/"))
-    if not 0 <= index < count:
-        raise SystemExit(f"SHARD must be i/n with 0 <= i < n, got {index}/{count}")
+    shard = os.environ.get("SHARD", "0/1")
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise SystemExit(f"SHARD must be i/n with 0 <= i < n, such as 1/4, got {shard!r}")
     for name in names:
-        print(f"{name}: {run_grid(GRIDS[name](), (index, count))} cells ran")
+        print(f"{name}: {run_grid(GRIDS[name](), (int(index), int(count)))} cells ran")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from memarc_utils.book_keeping import holds_data
 from memarc_utils.couplings import join_bits, to_grid
 
 Streams = tuple[Tensor, Tensor]
@@ -171,9 +172,25 @@ class WayBack:
             if self.blocks.coupling.swap:
                 d1, d2 = d2, d1
             since_stored = 0 if ("x1", n) in self.saved else since_stored + 1
-            # Two layers below stored streams y1 is nobody's but ours, unless a block read it as it is: its memory takes x1.
-            streams, d1, d2 = self._undo(n, *self._outputs(n, streams), d1, d2, reuse=since_stored > 1 and self.dtype != self.blocks.coupling.dtype)
+            # Two layers below stored streams nobody else holds y1, unless the block read it uncast: x1 may take its memory.
+            reuse = since_stored > 1 and self.dtype != self.blocks.coupling.dtype
+            streams, d1, d2 = self._undo(n, *self._outputs(n, streams), d1, d2, reuse)
+        if self.blocks.coupling.bits and self.lowest <= 0:
+            self._check_exact(*streams)
         return _sum(d1, d2) if self.lowest < 0 else None
+
+    @staticmethod
+    def _check_exact(x1: Tensor, x2: Tensor) -> None:
+        """Before the first layer both streams were the embeddings. That they are equal again says that every block of the lowest
+        segment gave the same numbers twice. An example that is not finite says nothing, and contributes nothing.
+
+        Raises:
+            ValueError: they differ: what was computed again was not what the forward pass computed.
+        """
+        if holds_data(x1) and bool(((x1 != x2) & x1.isfinite() & x2.isfinite()).any()):
+            raise ValueError("the blocks gave other numbers when they were computed again, so the inverse is lost and the gradient with "
+                             "it: call torch.use_deterministic_algorithms(True), or take a short segment; streams beyond 4 million in size "
+                             "have no exact inverse at all")
 
     def _outputs(self, n: int, streams: Streams | None) -> Streams:
         """y1 and y2 of layer n: stored, or the inputs of the layer above."""
@@ -193,8 +210,8 @@ class WayBack:
             change = to_grid(change) if coupling.bits else change
             return y1.sub_(change) if reuse and coupling.bits else y1 - change
 
-        rest, d_x2 = self._pull_back(n, "first", self.blocks.first(n, self.context), x2, d1, asked, without if asked else None)
-        if not asked:
+        rest, d_x2 = self._pull_back(n, "first", self.blocks.first(n, self.context), x2, d1, asked, without if asked or n == 0 else None)
+        if not asked and n > 0:
             return None, None, None
         d2 = _sum(d2 if d2 is None or beta == 1 else d2 * beta, d_x2)
         d1 = d1 if d1 is None or lam == 1 else d1 * lam

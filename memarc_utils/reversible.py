@@ -192,7 +192,7 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
         config: see `ReversibleConfig`.
 
     Raises:
-        ValueError: not such a model, reversible already, with a side network or activation checkpointing; or coefficients
+        ValueError: not such a model, reversible already, with a side network, activation checkpointing or layerdrop; or coefficients
             whose inverse is lost over this many layers. The model is unchanged then.
     """
     view = block_view(model)
@@ -202,6 +202,9 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
         raise ValueError("this model has a side network, beside which the backbone keeps no activations: load the backbone anew")
     if getattr(model, "is_activation_checkpointing", False):
         raise ValueError("a reversible network recomputes its activations already: call model.activation_checkpointing_disable()")
+    if any(getattr(module, "layerdrop", 0) for module in model.modules()):
+        raise ValueError("layerdrop skips blocks at random, and the reversible blocks run as one: load the model with layerdrop=0 in its "
+                         "config")
     config.check_depth(len(view.blocks))
     path = next(name for name, module in model.named_modules() if module is view.blocks)
     reference = next(view.blocks[0].parameters())

@@ -58,10 +58,13 @@ def test_what_cannot_be_measured_is_refused():
             StepCase(**{"method": "full", "engine": "non-private", **change})
     with pytest.raises(ValueError, match="side-cached is measured without checkpointing"):
         StepCase("side-cached", "zeroth order")
+    with pytest.raises(ValueError, match="rev-lora recomputes its activations itself"):
+        StepCase("rev-lora", "book-keeping", checkpointing=True)
+    with pytest.raises(ValueError, match="optimizer must be one of sgd, adamw"):
+        StepCase("full", "book-keeping", optimizer="lion")
     with pytest.raises(ValueError, match="opacus's module hooks cannot run under activation checkpointing"):
         StepCase("lora", "opacus ghost", checkpointing=True)
     row = dict(method="full", engine="book-keeping", shape="tiny", batch_size=1, num_tokens=1, checkpointing=False, threads=1,
-               optimizer="sgd", seconds=1.0,
-               peak_mb=1.0)
+               optimizer="sgd", seconds=1.0, peak_mb=1.0)
     with pytest.raises(ValueError, match="every case needs exactly one partner"):
         relative_to(pd.DataFrame([row]))

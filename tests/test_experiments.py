@@ -29,7 +29,8 @@ def few_rows(monkeypatch, tmp_path):
 
 
 def cell(method="linear-probe", epsilon=8.0, seed=0, **settings):
-    return Cell("grid", "film_reviews", method, epsilon, seed, **{"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10, **settings})
+    small = {"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10}
+    return Cell("grid", "film_reviews", method, epsilon, seed, **{**small, **settings})
 
 
 def rows_of(folder):
@@ -57,6 +58,13 @@ def test_a_grid_goes_on_where_it_stopped(few_rows):
     assert all(not finished(other) for other in (cell(seed=2), cell(batch_size=21), cell("lora"), cell(rates=(1e-3, 1e-3, 1e-3))))
 
 
+def test_a_cell_stopped_between_its_rows_runs_again(few_rows):
+    run_grid([cell()])
+    path = few_rows / "grid.csv"
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    assert not finished(cell()) and run_grid([cell()]) == 1 and finished(cell())
+
+
 def test_rows_of_other_code_are_not_added_to(few_rows):
     run_grid([cell()])
     path = few_rows / "grid.csv"
@@ -70,7 +78,8 @@ def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
     module = tmp_path / "clipping.py"
     monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
     hashes = []
-    for text in ('"""One."""\ndef f(x):\n    """Two."""\n    return x\n', '"""Other."""\n\n# why\ndef f(x):\n    """Words."""\n    return (x)\n',
+    for text in ('"""One."""\ndef f(x):\n    """Two."""\n    return x\n',
+                 '"""Other."""\n\n# why\ndef f(x):\n    """Words."""\n    return (x)\n',
                  '"""One."""\ndef f(x):\n    """Two."""\n    return -x\n'):
         module.write_text(text, encoding="utf-8")
         experiments._syntax.cache_clear()
@@ -90,8 +99,14 @@ def test_what_cannot_run_is_refused(monkeypatch):
         cell("prefix")
     with pytest.raises(ValueError, match="epsilon must be above 0"):
         cell(epsilon=0.0)
+    for change, message in ((dict(epochs=0), "epochs must be a whole number >= 1"), (dict(seed=-1), "seed must be a whole number >= 0"),
+                            (dict(num_steps=0), "num_steps must be a whole number >= 1"),
+                            (dict(rates=(1e-3, 0.1, 0.0)), "rates must be three numbers above 0")):
+        with pytest.raises(ValueError, match=message):
+            cell(**change)
     with pytest.raises(SystemExit, match="unknown grid mars"):
         main(["mars"])
-    monkeypatch.setenv("SHARD", "2/2")
-    with pytest.raises(SystemExit, match="SHARD must be i/n"):
-        main(["film_reviews"])
+    for shard in ("2/2", "one", "1/2/3"):
+        monkeypatch.setenv("SHARD", shard)
+        with pytest.raises(SystemExit, match="SHARD must be i/n"):
+            main(["film_reviews"])

@@ -10,7 +10,7 @@ from memarc_utils.backbones import block_view
 from memarc_utils.couplings import COUPLINGS, FIXED_POINT, ReversibleConfig
 from memarc_utils.memory import held_bytes, saved_bytes
 from memarc_utils.reversible import gradient_error, make_reversible, reversible_blocks
-from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, seeded, shake, tiny
+from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, private_sgd, seeded, shake, tiny
 
 
 def last_block_only(model):
@@ -218,6 +218,34 @@ def test_backward_twice_over_a_kept_graph():
         assert torch.equal(one, other)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("kind", FIXED_POINT)
+def test_blocks_that_give_other_numbers_the_second_time_are_found(kind):
+    """As a kernel without a fixed order of addition would: the error grows by 1/λ a layer, and nobody would see it."""
+    model = make_reversible(add_lora(tiny(layers=6), rank=2), ReversibleConfig(kind))
+    batch, block = padded_batch(model), reversible_blocks(model).get_submodule("3")
+    plain_losses(model, batch).sum().backward()  # the same numbers twice: no complaint
+    calls = []
+
+    def jitter(module, args, output):
+        calls.append(None)
+        return output * (1 + 1e-6 * len(calls))
+
+    block.register_forward_hook(jitter)
+    with pytest.raises(ValueError, match="the blocks gave other numbers when they were computed again.*use_deterministic_algorithms"):
+        plain_losses(model, batch).sum().backward()
+
+
+def test_an_example_that_is_not_finite_is_no_other_number():
+    model = make_reversible(add_lora(tiny(layers=6), rank=2))
+    batch = padded_batch(model)
+    block = reversible_blocks(model).get_submodule("2")
+    block.register_forward_hook(lambda module, args, output: torch.cat([output[:1] * float("nan"), output[1:]]))
+    private = private_sgd(model)
+    private.backward(plain_losses(model, batch))
+    sums = private.clipped_sum()
+    assert all(t.isfinite().all() for t in sums.values()) and any(t.any() for t in sums.values())
 
 
 def test_second_derivatives_are_refused():

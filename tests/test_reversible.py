@@ -8,7 +8,6 @@ import torch
 from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias_terms, select_linear_probe, train_everything
 from memarc_utils.couplings import COUPLINGS, ReversibleConfig
 from memarc_utils.dp_sgd import verify_sensitivity
-from memarc_utils.grad_sample import GradSampler
 from memarc_utils.reversible import (ForwardStreams, forward_streams, gradient_error, invert, make_reversible, reconstruction_error,
                                      reversible_blocks)
 from memarc_utils.saving import load_trainable, save_trainable
@@ -16,6 +15,7 @@ from memarc_utils.side_network import attach_side_network
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import (CASE_IDS, CASES, distance, loop_clipped_sum, loop_norms, padded_batch, plain_losses, plan_for_tests, private_sgd,
                           seeded, shake, size, tiny, without_shape_check)
+from tests.test_per_layer import held_at_most
 
 METHODS = {"lora": lambda model: add_lora(model, rank=2), "biases": lambda model: select_bias_terms(model, add_missing=True),
            "all": train_everything, "adapters": lambda model: add_bottleneck_adapters(model, width=3)}
@@ -80,21 +80,6 @@ def test_clipped_sum_under_dropout_is_that_of_plain_autograd(case, method, kind)
     want = loop_clipped_sum(gradients, bound)
     assert distance(private.clipped_sum(), want) <= 1e-5 * size(want)
     assert all(p.grad is None for p in model.parameters())
-
-
-def held_at_most(model, batch, **options):
-    most = 0
-
-    class Watched(GradSampler):
-        def _clip_and_add(self, group):
-            nonlocal most
-            most = max(most, len(self._held))
-            super()._clip_and_add(group)
-
-    sampler = Watched(model, probe=False, **options)
-    sampler.backward(plain_losses(model, batch), lambda n: 1 / n.clamp_min(1))
-    sampler.detach()
-    return most
 
 
 def test_per_layer_clipping_holds_nothing_over_depth():
@@ -215,6 +200,7 @@ def test_saved_and_loaded(method, settings, tmp_path):
     save_trainable(model, tmp_path)
     torch.manual_seed(99)
     loaded = load_trainable(tiny(), tmp_path)
+    load_trainable(loaded, tmp_path)  # onto a model that is prepared already: only the values come
     assert trainable(loaded) == trainable(model) and reversible_blocks(loaded).coupling == reversible_blocks(model).coupling
     assert torch.equal(logits(loaded, padded_batch(model)), logits(model, padded_batch(model)))
 
@@ -312,6 +298,13 @@ def test_what_does_not_go_together_is_refused():
     assert "call model." in str(refused.value)
     model.activation_checkpointing_disable()
     assert gradient_error(model, padded_batch(model), plain_losses) <= 1e-6
+
+
+def test_blocks_skipped_at_random_are_refused():
+    model = tiny("opt", "causal_lm", True)
+    model.model.decoder.layerdrop = 0.1
+    with pytest.raises(ValueError, match="layerdrop skips blocks at random.*layerdrop=0"):
+        make_reversible(model)
 
 
 def test_a_probe_on_frozen_blocks_keeps_nothing_of_them():

@@ -566,3 +566,16 @@ def test_bad_laplace_arguments_are_named(change, said):
         inverse(target_epsilon=0, sample_rate=0.1, num_steps=5, delta=1e-5)
     with pytest.raises(ValueError, match="spends nothing"):
         inverse(target_epsilon=1.0, sample_rate=0.1, num_steps=0, delta=1e-5)
+
+
+def test_a_direction_drawn_in_pieces_is_normal_and_comes_back(monkeypatch):
+    """θ + z − z is θ, every row of a table that takes many pieces has moved, and no two pieces hold the same numbers."""
+    monkeypatch.setattr("memarc_utils.zeroth_order._PIECE", 300)
+    table = nn.Embedding(400, 30)  # ten rows a piece
+    optimizer = make_zeroth_order(table, plan_for_tests(), learning_rate=0.1)
+    start, seeds = table.weight.detach().clone(), torch.tensor([7])
+    optimizer._move(seeds, 1.0)
+    z = table.weight.detach() - start
+    assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 1e-3 and len(z.round(decimals=3).unique(dim=0)) == 400
+    optimizer._move(seeds, -1.0)
+    torch.testing.assert_close(table.weight.detach(), start, rtol=0, atol=1e-6)
