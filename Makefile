@@ -35,7 +35,7 @@ refresh: setup
 	@$(in_environment) -m memarc_utils.notebooks refresh "$(NOTEBOOK)"
 
 experiments: setup
-	@$(in_environment) -m memarc_utils.experiments $(GRID)
+	@$(in_environment) -m memarc_utils.grids $(GRID)
 
 setup:
 	@python=$$($(find_python)); \

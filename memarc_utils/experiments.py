@@ -1,10 +1,8 @@
 """The recorded experiments: grids of cells, one training run and one row of results a cell, that stop and go on.
 
-``python -m memarc_utils.experiments film_reviews`` runs what is missing of a grid. Rows go to ``data/results``; a cell whose
-row is there is skipped, so an interrupted run continues where it stopped. ``SHARD=1/4`` takes every fourth cell, the
-second of them: several machines can share a grid. A row notes the code that made it (a hash of the modules' syntax trees
-without docstrings), and a grid refuses to add to rows that other code made for the same setting.
-``python -m memarc_utils.experiments steps`` measures what a step of each method takes, on a machine that does nothing else.
+Rows go to ``data/results``; a cell whose row is there is skipped, so an interrupted run continues where it stopped. A row notes
+the code that made it (a hash of the modules' syntax trees without docstrings), and a grid refuses to add to rows that other code
+made for the same setting. `grids` lists the cells and has the command.
 """
 
 import ast
@@ -13,19 +11,19 @@ import functools
 import hashlib
 import json
 import math
-import os
-import sys
+import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from memarc_utils import adapters, feature_cache, training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.backbones import REPOSITORY, load_backbone, load_tokenizer
-from memarc_utils.benchmark import StepCase, measure_cases
+from memarc_utils.clipping import check_clipping
 from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.recording import append_result
@@ -56,8 +54,9 @@ class Method:
     """How a method prepares a model, and its rates.
 
     Chosen by validation accuracy on film reviews at ε = 8, one seed: the side network's private rates among (5e-4, 1e-2, 2e-2),
-    (1e-3, 2e-2, 2e-2) and (2e-3, 4e-2, 4e-2), the probe's among 2e-2 and 5e-2 (the lower one, by stability). The other methods' rates
-    are those of notebook 00 or starting points; no search has chosen them: give a cell ``rates`` of its own.
+    (1e-3, 2e-2, 2e-2) and (2e-3, 4e-2, 4e-2), the probe's among 2e-2 and 5e-2 (the lower one, by stability), those of the methods
+    that run the backbone among the cells of ``data/results/31_rates.csv`` (LoRA and its reversible twin share the pair's best mean).
+    Rates without privacy are customary ones; no search has chosen them.
 
     Attributes:
         prepare: the model in place.
@@ -87,8 +86,8 @@ METHODS: dict[str, Method] = {
     "lora": Method(adapters.add_lora, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
     "ffa-lora": Method(lambda model: adapters.add_lora(model, freeze_a=True), (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
     "adapters": Method(adapters.add_bottleneck_adapters, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
-    "bitfit": Method(adapters.select_bias_terms, (5e-3, 5e-3, 1e-2), (1e-3, 1e-3, 1e-3)),
-    "full": Method(adapters.train_everything, (5e-4, 5e-4, 5e-3), (5e-5, 5e-5, 1e-3)),
+    "bitfit": Method(adapters.select_bias_terms, (1e-2, 1e-2, 1e-1), (1e-3, 1e-3, 1e-3)),
+    "full": Method(adapters.train_everything, (1e-3, 1e-3, 5e-2), (5e-5, 5e-5, 1e-3)),
     "rev-lora": Method(lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (1e-3, 5e-3, 1e-1),
                        (5e-4, 5e-4, 1e-3), code=("couplings", "reversal", "reversible")),
 }
@@ -109,6 +108,13 @@ class Cell:
         epochs: of training without privacy, at batches of 32.
         max_tokens: longer texts are cut.
         rates: instead of the method's own.
+        clipping: of private training: ``flat``, ``automatic`` or ``per_layer``.
+        max_grad_norm: C.
+        side: settings of `SideNetworkConfig`, instead of the method's own; for ``side-cached`` alone.
+        num_train: trains on so many examples, drawn at random (seed 0, the same ones for every cell); None takes all.
+        num_test: validates and tests on so many each, likewise.
+        autocast: computes in bfloat16 where autocast does, about 1.5 times faster on the CPUs that have it; for methods that run
+            the backbone.
     """
 
     experiment: str
@@ -121,6 +127,12 @@ class Cell:
     epochs: int = 3
     max_tokens: int = 48
     rates: tuple[float, float, float] | None = None
+    clipping: str = "automatic"
+    max_grad_norm: float = 1.0
+    side: dict | None = None
+    num_train: int | None = None
+    num_test: int | None = None
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -133,6 +145,21 @@ class Cell:
         if self.rates is not None and (len(self.rates) != 3 or not all(rate > 0 for rate in self.rates)):
             raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
                              f"{self.rates!r}")
+        check_clipping(self.clipping, self.max_grad_norm)
+        for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
+            if count is not None and not (isinstance(count, int) and count >= 1):
+                raise ValueError(f"{name} must be a whole number >= 1, or None for all, got {count!r}")
+        if self.side is not None:
+            if self.method != "side-cached":
+                raise ValueError(f"side is for the method side-cached, got it with {self.method}")
+            SideNetworkConfig(**self.side)  # refuses what a side network would refuse
+        if self.autocast and METHODS[self.method].cached:
+            raise ValueError(f"autocast is for methods that run the backbone; {self.method} reads features from a cache")
+
+    def preparation(self) -> Callable[[nn.Module], nn.Module]:
+        if self.side is None:
+            return METHODS[self.method].prepare
+        return lambda model: attach_side_network(model, SideNetworkConfig(**self.side))
 
     def settings(self) -> dict:
         """What tells this cell from others of its table, as it stands in the row."""
@@ -140,8 +167,10 @@ class Cell:
         method = METHODS[self.method]
         budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
         rates = self.rates or (method.private_rates if private else method.rates)
+        chosen = {"side": self.side, "num_train": self.num_train, "num_test": self.num_test, "autocast": self.autocast or None}
         return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
-                "clipping": "automatic" if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method)}
+                "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method),
+                **{name: value for name, value in chosen.items() if value is not None}}
 
 
 @functools.lru_cache(None)
@@ -173,10 +202,17 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``share`` (of the parameters that train),
     ``num_train``, and of a private run ``epsilon``, ``sigma``, ``delta`` and ``sample_rate``."""
     method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens)
-    torch.manual_seed(cell.seed)
     labels = len({row["labels"] for row in rows["train"]})
+    rows = {split: _some(some, cell.num_train if split == "train" else cell.num_test) for split, some in rows.items()}
+    torch.manual_seed(cell.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = method.prepare(load_backbone(_MODEL, num_labels=labels)).to(device)
+    model = cell.preparation()(load_backbone(_MODEL, num_labels=labels)).to(device)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=cell.autocast)
+
+    def losses(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " batch"]:
+        with autocast():
+            return training.classification_losses(model, batch)
+
     if method.cached:
         rows = {split: feature_cache.cache_features(model, some, progress=training.progress) for split, some in rows.items()}
     settings, size = cell.settings(), len(rows["train"])
@@ -185,15 +221,22 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     found = {"num_train": size, "share": share}
     if math.isfinite(cell.epsilon):
         plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
-                                        expected_batch_size=cell.batch_size, max_grad_norm=1.0)
+                                        expected_batch_size=cell.batch_size, max_grad_norm=cell.max_grad_norm)
         sampling, noise = (torch.Generator(place).manual_seed(1000 + cell.seed) for place in ("cpu", device))
-        training.train_privately(model, rows["train"], plan, optimizer, physical_batch_size=64, sampling_generator=sampling,
-                                 noise_generator=noise, description=cell.method)
+        training.train_privately(model, rows["train"], plan, optimizer, losses, clipping=cell.clipping, physical_batch_size=64,
+                                 sampling_generator=sampling, noise_generator=noise, description=cell.method)
         found.update(epsilon=plan.epsilon(), sigma=plan.noise_multiplier, delta=plan.delta, sample_rate=plan.sample_rate)
     else:
-        training.train_without_privacy(model, rows["train"], optimizer, num_epochs=cell.epochs, description=cell.method,
+        training.train_without_privacy(model, rows["train"], optimizer, losses, num_epochs=cell.epochs, description=cell.method,
                                        generator=torch.Generator().manual_seed(cell.seed))
-    return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}
+    with autocast():
+        return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}
+
+
+def _some(rows: list[dict], count: int | None) -> list[dict]:
+    if count is not None and count > len(rows):
+        raise ValueError(f"{count} examples were asked for, the split has {len(rows)}: take at most so many, or None for all")
+    return rows if count is None else random.Random(0).sample(rows, count)
 
 
 def table_of(experiment: str) -> Path:
@@ -241,68 +284,6 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
                           dataset=cell.dataset, num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
                           delta=found.get("delta"), accountant="pld" if private else None, noise_multiplier=found.get("sigma"),
                           sample_rate=found.get("sample_rate"), num_steps=cell.num_steps if private else None,
-                          max_grad_norm=1.0 if private else None, seed=cell.seed, metric=f"{split}_accuracy",
+                          max_grad_norm=cell.max_grad_norm if private else None, seed=cell.seed, metric=f"{split}_accuracy",
                           value=found[f"{split}_accuracy"], unit="share", trainable_share=found["share"], settings=cell.settings())
     return len(missing)
-
-
-def _grid(dataset: str, methods: list[str], **settings) -> list[Cell]:
-    return [Cell("31_classification", dataset, method, epsilon, seed, **settings)
-            for method in methods for epsilon in (8.0, 3.0, 1.0, math.inf) for seed in range(3)]
-
-
-# Features that were computed once allow many steps of large batches in the time that a few small ones through the backbone take.
-_CACHED = {"num_steps": 60, "batch_size": 1024}
-_THROUGH = {"num_steps": 20, "batch_size": 512, "epochs": 1}
-def _classification(dataset: str) -> list[Cell]:
-    """The comparison that a reader looks for first comes first: an interrupted grid has answered something."""
-    return [*_grid(dataset, ["linear-probe", "side-cached"], **_CACHED),
-            *_grid(dataset, ["lora", "rev-lora", "bitfit"], **_THROUGH),
-            *_grid(dataset, [name for name in METHODS if name.startswith("side-cached ")], **_CACHED),
-            *_grid(dataset, ["full", "adapters", "ffa-lora"], **_THROUGH)]
-
-
-GRIDS: dict[str, Callable[[], list[Cell]]] = {name: functools.partial(_classification, name) for name in ("film_reviews", "sst2")}
-
-
-def _step_cases() -> list[StepCase]:
-    """Every method of this collection beside DP-LoRA, in one run; depth by per-layer clipping; totals at RoBERTa-large's shape."""
-    ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "rev-lora", "bitfit")]
-    deep = [StepCase("rev-lora", "book-keeping", shape, clipping="per_layer", repeats=1)
-            for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
-    large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}
-    return [*ours, StepCase("lora", "book-keeping", checkpointing=True), StepCase("full", "zeroth order", repeats=3), *deep,
-            *(StepCase(method, "book-keeping", **large) for method in ("side", "lora", "full"))]
-
-
-def measure_steps(cases: list[StepCase]) -> None:
-    """Measures one case after the other and appends seconds, peak and model size of each to ``data/results/step_costs.csv``. The machine
-    must have nothing else to do."""
-    nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps", "trainable_share"))
-    metrics = {"seconds_per_step": ("seconds", "s"), "peak_memory": ("peak_mb", "MB"), "model_memory": ("model_mb", "MB")}
-    for case in training.progress(cases, "steps", len(cases)):
-        found = measure_cases([case]).iloc[0]
-        settings = {name: value for name, value in asdict(case).items() if name != "method"}
-        for metric, (column, unit) in metrics.items():
-            append_result(table_of("step_costs"), experiment="step_costs", method=case.method, model=case.shape, seed=0,
-                          dataset="random tokens", metric=metric, value=float(found[column]), unit=unit, settings=settings,
-                          noise_multiplier=1.0, max_grad_norm=1.0, device="cpu", **nothing)
-
-
-def main(arguments: list[str]) -> None:
-    names = arguments or list(GRIDS)
-    if names == ["steps"]:
-        measure_steps(_step_cases())
-        return
-    if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, by itself, to measure time and memory")
-    shard = os.environ.get("SHARD", "0/1")
-    index, _, count = shard.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise SystemExit(f"SHARD must be i/n with 0 <= i < n, such as 1/4, got {shard!r}")
-    for name in names:
-        print(f"{name}: {run_grid(GRIDS[name](), (int(index), int(count)))} cells ran")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

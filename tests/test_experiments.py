@@ -9,7 +9,8 @@ import pytest
 
 from memarc_utils import experiments
 from memarc_utils.data import load_text_dataset, tokenize_dataset
-from memarc_utils.experiments import GRIDS, METHODS, Cell, code_of, finished, main, run_cell, run_grid
+from memarc_utils.experiments import METHODS, Cell, code_of, finished, run_cell, run_grid
+from memarc_utils.grids import GRIDS, main
 
 
 @functools.lru_cache(1)
@@ -90,7 +91,7 @@ def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
 
 def test_settings_are_json_and_tell_cells_apart():
     cells = [c for grid in GRIDS.values() for c in grid()]
-    keys = [(c.dataset, c.method, c.seed, json.dumps(c.settings(), sort_keys=True, allow_nan=False)) for c in cells]
+    keys = [(c.experiment, c.dataset, c.method, c.seed, json.dumps(c.settings(), sort_keys=True, allow_nan=False)) for c in cells]
     assert len(set(keys)) == len(keys)
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     {"feature_cache", "saving", "training", "memory"},
     {"benchmark"},
     {"experiments"},
+    {"grids"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in (ROOT / "memarc_utils").glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,98 @@
+"""The recorded experiments as lists of cells, and the command that runs them.
+
+``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
+every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
+of each method takes, on a machine that does nothing else.
+"""
+
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+from memarc_utils.benchmark import StepCase, measure_cases
+from memarc_utils.experiments import METHODS, Cell, run_grid, table_of
+from memarc_utils.recording import append_result
+from memarc_utils.training import progress
+
+# Features that were computed once allow many steps of large batches in the time that a few small ones through the backbone take.
+_CACHED = {"num_steps": 60, "batch_size": 1024}
+_THROUGH = {"num_steps": 24, "batch_size": 512, "epochs": 1, "autocast": True}
+# Rates tried for each method, at epsilon = 8 with seed 0 on film reviews; METHODS holds what validates best.
+_RATES = {
+    "lora": [(5e-4, 5e-3, 2e-2), (1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
+    "rev-lora": [(5e-4, 5e-3, 2e-2), (1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
+    "ffa-lora": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
+    "adapters": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
+    "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1)],
+    "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2)],
+}
+
+
+def _cells(dataset: str, methods: list[str], epsilons: tuple[float, ...] = (8.0, 3.0, 1.0, math.inf), **settings) -> list[Cell]:
+    return [Cell("31_classification", dataset, method, epsilon, seed, **settings)
+            for epsilon in epsilons for seed in range(3) for method in methods]
+
+
+def _classification(dataset: str) -> list[Cell]:
+    """The comparison that a reader looks for first comes first: an interrupted grid has answered something."""
+    variants = [name for name in METHODS if name.startswith("side-cached ")]
+    return [*_cells(dataset, ["linear-probe", "side-cached"], **_CACHED),
+            *_cells(dataset, ["lora", "rev-lora", "full", "bitfit"], **_THROUGH),
+            *_cells(dataset, variants, **_CACHED),
+            *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH)]
+
+
+def _rates() -> list[Cell]:
+    return [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **_THROUGH)
+            for method, tried in _RATES.items() for rates in tried]
+
+
+DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
+GRIDS: dict[str, Callable[[], list[Cell]]] = {
+    "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS}}
+
+
+def _step_cases() -> list[StepCase]:
+    """Every method of this collection beside DP-LoRA, in one run; depth by per-layer clipping; totals at RoBERTa-large's shape."""
+    ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "rev-lora", "bitfit")]
+    deep = [StepCase("rev-lora", "book-keeping", shape, clipping="per_layer", repeats=1)
+            for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
+    large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}
+    return [*ours, StepCase("lora", "book-keeping", checkpointing=True), StepCase("full", "zeroth order", repeats=3), *deep,
+            *(StepCase(method, "book-keeping", **large) for method in ("side", "lora", "full"))]
+
+
+def measure_steps(cases: list[StepCase]) -> None:
+    """Measures one case after the other and appends seconds, peak and model size of each to ``data/results/step_costs.csv``. The machine
+    must have nothing else to do."""
+    nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps", "trainable_share"))
+    metrics = {"seconds_per_step": ("seconds", "s"), "peak_memory": ("peak_mb", "MB"), "model_memory": ("model_mb", "MB")}
+    for case in progress(cases, "steps", len(cases)):
+        found = measure_cases([case]).iloc[0]
+        settings = {name: value for name, value in asdict(case).items() if name != "method"}
+        for metric, (column, unit) in metrics.items():
+            append_result(table_of("step_costs"), experiment="step_costs", method=case.method, model=case.shape, seed=0,
+                          dataset="random tokens", metric=metric, value=float(found[column]), unit=unit, settings=settings,
+                          noise_multiplier=1.0, max_grad_norm=1.0, device="cpu", **nothing)
+
+
+def main(arguments: list[str]) -> None:
+    names = arguments or list(GRIDS)
+    if names == ["steps"]:
+        measure_steps(_step_cases())
+        return
+    if unknown := [name for name in names if name not in GRIDS]:
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, by itself, to measure time and memory")
+    shard = os.environ.get("SHARD", "0/1")
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise SystemExit(f"SHARD must be i/n with 0 <= i < n, such as 1/4, got {shard!r}")
+    for name in names:
+        print(f"{name}: {run_grid(GRIDS[name](), (int(index), int(count)))} cells ran")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
