@@ -25,7 +25,7 @@ FLOORS = [
     {"layer_rules", "notebooks"},
     {"model_checks", "side_blocks"},
     {"backbones", "grad_sample", "clipping", "batch_selection"},
-    {"sensitivity"},
+    {"sensitivity", "membership"},
     {"side_network", "reversible", "adapters", "zeroth_order", "auditing", "dp_sgd"},
     {"feature_cache", "saving", "training", "memory"},
     {"benchmark"},
