@@ -25,12 +25,14 @@ FLOORS = [
     {"layer_rules", "notebooks"},
     {"model_checks", "side_blocks"},
     {"backbones", "grad_sample", "clipping", "batch_selection"},
-    {"sensitivity", "membership"},
-    {"side_network", "reversible", "adapters", "zeroth_order", "auditing", "dp_sgd"},
-    {"feature_cache", "saving", "training", "memory"},
-    {"benchmark"},
+    {"sensitivity", "membership", "canaries"},
+    {"side_network", "reversible", "adapters", "zeroth_order", "dp_sgd", "pitfalls"},
+    {"feature_cache", "saving", "training", "methods", "auditing"},
+    {"planning"},
+    {"memory"},
+    {"benchmark", "generation"},
     {"experiments"},
-    {"grids"},
+    {"grids", "ablations"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 MODULES = sorted(path for path in (ROOT / "memarc_utils").glob("*.py") if path.stem != "__init__")
