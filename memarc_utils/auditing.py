@@ -237,7 +237,13 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
     """
     if plan.noise_multiplier == 0:
         raise ValueError("the plan has no noise, its ε is infinite: there is nothing to contradict. Audit a plan with noise_multiplier > 0")
-    plan = replace(plan, num_steps=min(num_steps or plan.num_steps, plan.num_steps))
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator lies on {generator.device}: give one of the CPU, the coins and batches are drawn there")
+    if num_steps is not None and not 1 <= num_steps <= plan.num_steps:
+        raise ValueError(f"num_steps={num_steps} must lie between 1 and the plan's {plan.num_steps}")
+    if not 0 < share < 0.5:
+        raise ValueError(f"share={share} of the canaries is guessed on each side: write a number above 0 and below 0.5, such as 0.1")
+    plan = replace(plan, num_steps=num_steps or plan.num_steps)
     if any(p.grad is not None for p in model.parameters()):
         raise ValueError("the model still holds gradients: call optimizer.zero_grad() before the audit")
     canaries = GradientCanaries(model, min(num_canaries, plan.dataset_size), GRADIENT_SCALE * max(plan.max_grad_norm, 1.0))

@@ -317,6 +317,9 @@ def test_an_audit_without_power_says_so():
 def test_what_cannot_be_audited_is_refused():
     with pytest.raises(ValueError, match="no noise"):
         audited(noise_multiplier=0.0)
+    for wrong in ({"num_steps": 0}, {"num_steps": 11}, {"share": 0.5}):
+        with pytest.raises(ValueError, match="must lie between|on each side"):
+            audit_engine(nn.Linear(40, 25), plan_for_audit(), **wrong)
     with pytest.raises(ValueError, match="needs hundreds"):
         audited(model=nn.Linear(2, 2, bias=False))
     model = nn.Linear(40, 25)
