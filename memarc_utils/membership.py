@@ -325,13 +325,14 @@ def judge_threshold(threshold: Threshold, scores: Float[np.ndarray, " examples"]
     """True- and false-positive rate of a threshold on other examples than it was chosen on.
 
     Raises:
-        ValueError: the scores are those the threshold was chosen on, or share examples with them (more than one in ten of the values that
-            occur once here occur once there; scores with many ties can only be refused when all are the same).
+        ValueError: the scores are those the threshold was chosen on, or share examples with them: more than one in ten of the values that
+            occur once here occur once there. Scores with many ties (most values occur twice or more) agree by chance; those are refused
+            only when all are the same.
     """
     scores, members = _checked(scores, members)
     once, there = (values[counts == 1] for values, counts in (np.unique(s, return_counts=True) for s in (scores, threshold.chosen_on)))
     common = np.isin(once, there).sum()
-    if common > 0.1 * once.size or np.array_equal(np.sort(scores), np.sort(threshold.chosen_on)):
+    if common > 0.1 * once.size and once.size > scores.size / 2 or np.array_equal(np.sort(scores), np.sort(threshold.chosen_on)):
         raise ValueError(f"these examples had a part in choosing the threshold ({common} scores are the same): split the examples with "
                          "split_halves, choose on one half and judge on the other")
     guessed = scores > threshold.value

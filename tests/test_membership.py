@@ -191,6 +191,9 @@ def test_scores_with_ties_are_refused_when_they_are_all_the_same_and_pass_otherw
     with pytest.raises(ValueError, match="had a part in choosing"):
         membership.judge_threshold(threshold, scores[::-1].copy(), members)
     membership.judge_threshold(threshold, np.array([0.0, 1, 1, 0, 0, 0]), members[:6])
+    rounded, halves = normal_scores(1).round(1), membership.split_halves(IN)  # agree by chance now and then
+    threshold = membership.choose_threshold(rounded[halves[0]], IN[halves[0]], 0.1)
+    membership.judge_threshold(threshold, rounded[halves[1]], IN[halves[1]])
 
 
 def test_why_a_threshold_is_judged_elsewhere():
