@@ -15,22 +15,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GPT2Config, RobertaConfig
+from transformers import AutoModelForSequenceClassification
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias_terms, select_linear_probe, train_everything
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.dp_sgd import make_private
 from memarc_utils.feature_cache import cache_features
-from memarc_utils.reversible import make_reversible
-from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils.methods import METHODS, SHAPES
 from memarc_utils.training import classification_losses, progress
 from memarc_utils.zeroth_order import make_zeroth_order
 
@@ -39,38 +37,6 @@ ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost")  # tha
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _SAMPLING_INTERVAL = 0.002  # seconds
 _WARM_UP_STEPS = 2  # the engine looks for examples that meet in the first step, or two where a layer starts at zero
-
-
-def _roberta(width: int, layers: int) -> RobertaConfig:
-    return RobertaConfig(vocab_size=50265, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-                         intermediate_size=4 * width, max_position_embeddings=1026, type_vocab_size=1, pad_token_id=1)
-
-
-# Configurations of published models; the position table of RoBERTa reaches to 1,024 tokens instead of 512.
-SHAPES: dict[str, Callable[[], object]] = {
-    "tiny": lambda: RobertaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=2, num_attention_heads=1,
-                                  intermediate_size=256, max_position_embeddings=1026, type_vocab_size=1, pad_token_id=1),
-    "roberta-base": lambda: _roberta(768, 12),
-    "roberta-base-24": lambda: _roberta(768, 24),
-    "roberta-base-48": lambda: _roberta(768, 48),
-    "roberta-large": lambda: _roberta(1024, 24),
-    "gpt2": lambda: GPT2Config(pad_token_id=50256),
-}
-
-
-_REDUCTION_8 = SideNetworkConfig(reduction=8)
-
-METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "full": train_everything,
-    "lora": add_lora,
-    "ffa-lora": lambda model: add_lora(model, freeze_a=True),
-    "adapters": add_bottleneck_adapters,
-    "bitfit": select_bias_terms,
-    "probe": select_linear_probe,
-    "rev-lora": lambda model: make_reversible(add_lora(model)),
-    "side": lambda model: attach_side_network(model, _REDUCTION_8),
-    "side-cached": lambda model: attach_side_network(model, replace(_REDUCTION_8, downsample="pooled")),
-}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
 every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
-of each method takes, on a machine that does nothing else.
+of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
+measured peak.
 """
 
+import csv
 import functools
+import json
 import math
 import os
 import sys
@@ -14,6 +17,8 @@ from dataclasses import asdict
 
 from memarc_utils.benchmark import StepCase, measure_cases
 from memarc_utils.experiments import METHODS, Cell, run_grid, table_of
+from memarc_utils.methods import METHODS as PLANNED_METHODS
+from memarc_utils.planning import plan_memory
 from memarc_utils.recording import append_result
 from memarc_utils.training import progress
 
@@ -79,13 +84,53 @@ def measure_steps(cases: list[StepCase]) -> None:
                           noise_multiplier=1.0, max_grad_norm=1.0, device="cpu", **nothing)
 
 
+_ENGINES_PLANNED = {"opacus hooks": "per-example", "opacus ghost": "two-pass ghost"}  # by their names in `planning`; others have the same
+
+
+def _planner_cases() -> list[StepCase]:
+    """Every method at RoBERTa-base's shape, three batch sizes by three lengths; opacus's two ways at the largest of each."""
+    methods = [name for name in PLANNED_METHODS if name != "bitfit with added biases"]  # RoBERTa has all its biases
+    sizes = [{"batch_size": b, "num_tokens": t, "repeats": 1} for b in (4, 8, 16) for t in (32, 64, 128)]
+    ours = [StepCase(method, "book-keeping", **size) for size in sizes for method in methods]
+    others = [case for size in sizes for case in (StepCase("lora", "book-keeping", checkpointing=True, **size),
+                                                  StepCase("rev-lora", "book-keeping", clipping="per_layer", **size),
+                                                  StepCase("full", "zeroth order", **size), StepCase("full", "non-private", **size))]
+    opacus = [StepCase(method, engine, **sizes[-1]) for method in ("full", "lora") for engine in _ENGINES_PLANNED]
+    return [*ours, *others, *opacus]
+
+
+def compare_plans(cases: list[StepCase], experiment: str = "30_planner") -> None:
+    """Appends the planned and the measured peak of each case above the loaded model to ``data/results/30_planner.csv``; a case whose rows
+    are there is skipped."""
+    table = table_of(experiment)
+    done = set()
+    if table.exists():
+        with open(table, encoding="utf-8", newline="") as file:
+            done = {(row["method"], row["settings"]) for row in csv.DictReader(file) if row["metric"] == "measured_peak"}
+    nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps"))
+    for case in progress(cases, "cases", len(cases)):
+        settings = {name: value for name, value in asdict(case).items() if name not in ("method", "threads", "repeats")}
+        if (case.method, json.dumps(settings, sort_keys=True)) in done:
+            continue
+        plan = plan_memory(case.shape, case.method, case.batch_size, case.num_tokens, clipping=case.clipping, task="classification",
+                           engine=_ENGINES_PLANNED.get(case.engine, case.engine), checkpointing=case.checkpointing, optimizer=case.optimizer)
+        measured = measure_cases([case]).iloc[0]["peak_mb"]
+        for metric, value in (("planned_peak", plan.peak_bytes / 1e6), ("measured_peak", float(measured))):
+            append_result(table, experiment=experiment, method=case.method, model=case.shape, dataset="random tokens", seed=0,
+                          metric=metric, value=value, unit="MB", noise_multiplier=1.0, max_grad_norm=1.0, device="cpu",
+                          trainable_share=plan.trainable * 4 / plan.parameters, settings=settings, **nothing)
+
+
 def main(arguments: list[str]) -> None:
     names = arguments or list(GRIDS)
     if names == ["steps"]:
         measure_steps(_step_cases())
         return
+    if names == ["planner"]:
+        compare_plans(_planner_cases())
+        return
     if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, by itself, to measure time and memory")
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps or planner, by itself, to measure time and memory")
     shard = os.environ.get("SHARD", "0/1")
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):

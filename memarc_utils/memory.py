@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memarc_utils.planning import MemoryPlan, largest_batch, plan_memory
+
+__all__ = ["MemoryPlan", "SavedBytes", "StepCost", "held_bytes", "largest_batch", "measure_step", "plan_memory", "saved_bytes"]
+
 
 @dataclass(frozen=True)
 class StepCost:

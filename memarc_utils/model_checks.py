@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from memarc_utils.book_keeping import holds_data
 from memarc_utils.function_rules import FunctionRule, loop_rule
 from memarc_utils.layer_rules import EmbeddingRule, rule_for
 
@@ -84,7 +85,7 @@ class WatchedBuffers:
 
 def _fingerprint(buffer: Tensor) -> float:
     """Of small floating buffers, which ``.data`` can change unseen; running statistics are small."""
-    if not buffer.is_floating_point() or buffer.numel() > 2**16 or buffer.device.type != "cpu":
+    if not buffer.is_floating_point() or buffer.numel() > 2**16 or buffer.device.type != "cpu" or not holds_data(buffer):
         return 0.0
     weights = torch.arange(1, buffer.numel() + 1, dtype=torch.float64)
     return float(buffer.detach().flatten().double().nan_to_num() @ weights)

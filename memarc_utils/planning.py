@@ -1,0 +1,376 @@
+"""What a training step would hold in memory, for any model, without running or allocating it.
+
+The step runs on fake tensors: torch computes every shape and type and no number, so the engine, the side network and the reversible
+network do in it what they do in a real step. A dispatch mode counts the bytes of each storage from the operation that makes it to
+the moment it is released. Two runs are made: the first finds the peak, the second stops there and looks what it consists of.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.book_keeping import HeldGradient
+from memarc_utils.clipping import check_clipping
+from memarc_utils.dp_sgd import PrivateOptimizer, make_private
+from memarc_utils.feature_cache import side_of
+from memarc_utils.methods import METHODS, SHAPES
+from memarc_utils.training import causal_lm_losses, classification_losses
+
+PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
+_OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+_DECODERS = ("gpt2", "opt", "llama")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What stands in memory at the moment of a step when it holds the most, in bytes.
+
+    Attributes:
+        parameters: the model's, trainable or not, and its buffers.
+        optimizer_state: what the optimizer keeps between steps.
+        gradients: the clipped sums, or the gradients made of them.
+        engine: what the clipping engine holds of examples until their norms are known.
+        activations: what the forward pass has left for the backward pass, and the batch's own tensors.
+        working: everything else: what the operation at the peak reads and writes.
+        trainable: number of parameters that train.
+    """
+
+    parameters: int
+    optimizer_state: int
+    gradients: int
+    engine: int
+    activations: int
+    working: int
+    trainable: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Above the loaded model."""
+        return self.total_bytes - self.parameters
+
+    @property
+    def total_bytes(self) -> int:
+        return sum((self.parameters, self.optimizer_state, self.gradients, self.engine, self.activations, self.working))
+
+    @property
+    def total_gib(self) -> float:
+        return self.total_bytes / _GIB
+
+
+def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_size: int, num_tokens: int,
+                dtype: torch.dtype | str = torch.float32, clipping: str = "flat", *, engine: str = "book-keeping", task: str | None = None,
+                checkpointing: bool = False, optimizer: str = "adamw", fused_attention: bool = False) -> MemoryPlan:
+    """Predicts what one step holds at its peak. Nothing of the model's size is allocated.
+
+    Counted is what torch's allocator would give out on a CPU; scratch space inside of kernels is not. On a GPU the fused attention
+    kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T) stand: ``fused_attention`` plans for the
+    first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains.
+
+    Args:
+        model: a `transformers` configuration, a model (whose configuration is taken), or a key of `methods.SHAPES`.
+        method: a key of `methods.METHODS`.
+        batch_size: B, of the micro-batch.
+        num_tokens: T of each example, no padding.
+        dtype: of the frozen weights and, by autocast, of the computation (a name will do: ``"bfloat16"``). What trains is held in float32.
+        clipping: of our engine: ``flat``, ``automatic``, ``per_layer``.
+        engine: ``book-keeping`` (ours); ``per-example`` (all per-example gradients at once, as opacus's hooks); ``two-pass ghost``
+            (a backward pass that keeps the graph for the norms, whose own scratch is not counted, and a second one for the sum);
+            ``non-private``; ``zeroth order``.
+        task: ``classification`` (two classes) or ``causal-lm``; by default what the model's type is for.
+        checkpointing: activation checkpointing of each block.
+        optimizer: ``sgd`` or ``adamw``.
+
+    Raises:
+        ValueError: an argument that does not fit, or a method that the model cannot take: the message says why.
+
+    >>> plan = plan_memory("tiny", "lora", batch_size=4, num_tokens=16)
+    >>> plan.parameters > plan.gradients > 0
+    True
+    """
+    return _plan(_config(model), method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer, fused_attention)
+
+
+def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping="flat", engine="book-keeping", task=None,
+          checkpointing=False, optimizer="adamw", fused_attention=False, total_only: bool = False) -> MemoryPlan:
+    task = task or ("causal-lm" if config.model_type in _DECODERS else "classification")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer)
+    if fused_attention:
+        config = _without_attention_dropout(config)
+    mode = FakeTensorMode()
+    fake = _fake_model(config, method, task, dtype, checkpointing, mode)
+    step = _Step(fake, method, engine, clipping, optimizer, task, dtype, batch_size, num_tokens, mode)
+    standing = _storages((*fake.parameters(), *fake.buffers()))
+    found = dict.fromkeys(("gradients", "engine", "activations"), 0)
+    with mode:
+        step.make_optimizer_state()
+        state = _storages(tree_leaves([dict(s) for s in step.optimizer.state.values()]))
+        first = _Tracker(known={*standing, *state})
+        step.run(first)
+        if not total_only:
+            forward = step.after_forward
+            second = _Tracker(known={*standing, *state}, stop_at=first.peak_at, look=lambda live: step.parts(live, forward))
+            step.run(second)
+            found = second.found
+    trainable = sum(p.numel() for p in fake.parameters() if p.requires_grad)
+    return MemoryPlan(sum(standing.values()), sum(state.values()), **found, working=first.peak - sum(found.values()), trainable=trainable)
+
+
+def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_tokens: int, budget_gib: int | float,
+                  **settings) -> int:
+    """The largest micro-batch whose step stays within ``budget_gib`` · 2³⁰ bytes, model included; 0 where one example does not.
+
+    Memory grows almost linearly with B: a line through two plans gives a first guess, plans around it decide.
+
+    Args:
+        settings: further ones of `plan_memory`.
+    """
+    if unknown := sorted(set(settings) - set(inspect.signature(plan_memory).parameters)):
+        raise ValueError(f"largest_batch has no setting {unknown[0]!r}: give those of plan_memory")
+    if not budget_gib > 0:
+        raise ValueError(f"budget_gib must be above 0, got {budget_gib!r}")
+    budget, known, config = budget_gib * _GIB, {}, _config(model)
+
+    def total(batch_size: int) -> int:
+        if batch_size not in known:
+            known[batch_size] = _plan(config, method, batch_size, num_tokens, total_only=True, **settings).total_bytes
+        return known[batch_size]
+
+    if total(1) > budget:
+        return 0
+    fits, fails = 1, None
+    guess = 8
+    while fails is None or fails - fits > 1:
+        if total(guess) <= budget:
+            fits = max(fits, guess)
+        else:
+            fails = guess if fails is None else min(fails, guess)
+        (b0, m0), (b1, m1) = sorted(known.items(), key=lambda item: abs(item[1] - budget))[:2]
+        slope = (m1 - m0) / (b1 - b0) or 1
+        guess = int(b0 + (budget - m0) // slope)
+        guess = max(guess, fits + 1) if fails is None else min(max(guess, fits + 1), fails - 1)
+        if guess in known:  # the line points where we have been: close in from the other side
+            guess = fits + 1 if fits + 1 not in known else fails - 1 if fails is not None else 2 * fits
+    return fits
+
+
+# ---------------------------------------------------------------------------------------------------- the counting
+class _PeakReached(Exception):
+    pass
+
+
+class _Tracker(TorchDispatchMode):
+    """Bytes of every storage that operations make, while it lives. A storage is known by when it came: its address is used again."""
+
+    def __init__(self, known: set[int], stop_at: int | None = None, look: Callable | None = None) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[weakref.ref, int, int]] = {}  # by address: itself, its bytes, its number
+        self.now = self.peak = self.operations = self.storages = 0
+        self.peak_at, self._known, self._stop_at, self._look = 0, known, stop_at, look
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations += 1
+        self.see(tree_leaves(result))
+        if self.operations == self._stop_at:
+            self.found = self._look(self.live)
+            raise _PeakReached
+        return result
+
+    def see(self, values: Iterable) -> None:
+        for storage in (value.untyped_storage() for value in values if isinstance(value, Tensor)):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.live and key not in self._known:
+                self.live[key] = (weakref.ref(storage, functools.partial(self._gone, key, size)), size, self.storages)
+                self.storages += 1
+                self.now += size
+                if self.now > self.peak:
+                    self.peak, self.peak_at = self.now, self.operations
+
+    def _gone(self, key: int, size: int, _) -> None:
+        del self.live[key]
+        self.now -= size
+
+
+@contextlib.contextmanager
+def _all_finite() -> Iterator[None]:
+    """As though the engine had seen that no example is to be left out: fake numbers do not say so, and it would copy what it sums."""
+    original = HeldGradient.add_weighted_sum
+
+    def add(held, total, factors, keep=None, dtype=None):
+        return original(held, total, factors, None, dtype)
+
+    with mock.patch.object(HeldGradient, "add_weighted_sum", add):
+        yield
+
+
+def _storages(tensors: Iterable) -> dict[int, int]:
+    storages = [t.untyped_storage() for t in tensors if isinstance(t, Tensor)]
+    return {storage._cdata: storage.nbytes() for storage in storages}
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+class _Step:
+    """A prepared step on fake tensors, and what at any moment of it belongs to whom."""
+
+    def __init__(self, model, method, engine, clipping, optimizer, task, dtype, batch_size, num_tokens, mode) -> None:
+        self.model, self.engine, self.dtype, self.task = model, engine, dtype, task
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        with mode:
+            self.optimizer = _OPTIMIZERS[optimizer](self.trainable, lr=1e-4)
+            self.batch = _batch(model, method, task, batch_size, num_tokens)
+        self.private: PrivateOptimizer | None = None
+        if engine in ("book-keeping", "per-example"):  # without noise, which is drawn in slices of 4 MiB
+            plan = PrivacyPlan(dataset_size=50_000, expected_batch_size=batch_size, num_steps=1_000, noise_multiplier=0.0,
+                               max_grad_norm=1.0, delta=1e-5)
+            self.private = make_private(model, self.optimizer, plan, clipping=clipping,
+                                        mode="per_example" if engine == "per-example" else "book_keeping",
+                                        noise_generator=torch.Generator().manual_seed(0))
+        self.after_forward: set[int] = set()
+
+    def make_optimizer_state(self) -> None:
+        if self.engine == "zeroth order":
+            return
+        for parameter in self.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run(self, tracker: _Tracker) -> None:
+        self.after_forward = set()
+        tracker.see(self.batch.values())
+        with contextlib.suppress(_PeakReached), _all_finite(), tracker:
+            if self.engine == "zeroth order":
+                self.model.eval()
+                with torch.no_grad():
+                    self._losses(tracker)
+                return
+            losses = self._losses(tracker)
+            if self.private is not None:
+                self.private.backward(losses)
+                del losses
+                self.private.step()
+                return self._clear()
+            if self.engine == "two-pass ghost":
+                losses.mean().backward(retain_graph=True)
+                self.optimizer.zero_grad(set_to_none=True)
+            losses.mean().backward()
+            del losses
+            self.optimizer.step()
+        self._clear()
+
+    def _clear(self) -> None:
+        if self.private is not None:
+            self.private.zero_grad()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _losses(self, tracker: _Tracker) -> Tensor:
+        compute = torch.autocast("cpu", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
+        with compute:
+            losses = (causal_lm_losses if self.task == "causal-lm" else classification_losses)(self.model, self.batch)
+        self.after_forward = {number for *_, number in tracker.live.values()}
+        return losses
+
+    def parts(self, live: dict[int, tuple[weakref.ref, int, int]], forward: set[int]) -> dict[str, int]:
+        """Bytes at this moment that are gradients, the engine's and, of the rest, what stood at the end of the forward pass (by number)."""
+        sums = [] if self.private is None else self.private.sampler.sums.values()
+        # Through the collector, since while it clips the engine has what it holds in local variables.
+        held = [each for each in gc.get_objects() if type(each) is HeldGradient]
+        gradients = {*_storages(sums), *_storages(p.grad for p in self.trainable if p.grad is not None)}
+        engine = set(_storages(t for each in held for t in each.tensors()))
+        found = dict.fromkeys(("gradients", "engine", "activations"), 0)
+        for key, (_, size, number) in live.items():
+            part = "gradients" if key in gradients else "engine" if key in engine else "activations" if number in forward else None
+            if part:
+                found[part] += size
+        return found
+
+
+def _batch(model: nn.Module, method: str, task: str, batch_size: int, num_tokens: int) -> dict[str, Tensor]:
+    labels = (batch_size, num_tokens) if task == "causal-lm" else (batch_size,)
+    batch = {"labels": torch.zeros(labels, dtype=torch.long)}
+    if method == "side-cached":
+        side = side_of(model)
+        return {"inputs_embeds": torch.zeros(batch_size, num_tokens, len(side.taps) * side.tapped_width + side.width), **batch}
+    return {"input_ids": torch.zeros(batch_size, num_tokens, dtype=torch.long), **batch}
+
+
+def _fake_model(config, method: str, task: str, dtype: torch.dtype, checkpointing: bool, mode: FakeTensorMode) -> nn.Module:
+    """Prepared on the meta device, where nothing is allocated, then given fake tensors that stand for tensors on the CPU."""
+    make = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model = make.from_config(config).to(dtype)
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model = METHODS[method](model).train()
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            trains = tensor.requires_grad
+            with mode:
+                new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float32 if trains else tensor.dtype)
+            fakes[id(tensor)] = nn.Parameter(new, trains) if isinstance(tensor, nn.Parameter) else new
+        return fakes[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+def _config(model: PreTrainedConfig | nn.Module | str) -> PreTrainedConfig:
+    if isinstance(model, str):
+        if model not in SHAPES:
+            raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got {model!r}")
+        return SHAPES[model]()
+    config = getattr(model, "config", model)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got {type(model).__name__}")
+    return copy.deepcopy(config)
+
+
+def _without_attention_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    for name in ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer) -> None:
+    for name, value, known in (("method", method, METHODS), ("engine", engine, PLANNED_ENGINES), ("optimizer", optimizer, _OPTIMIZERS),
+                               ("task", task, ("classification", "causal-lm")),
+                               ("dtype", dtype, (torch.float32, torch.bfloat16, torch.float16))):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+    for name, value in (("batch_size", batch_size), ("num_tokens", num_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    check_clipping(clipping, 1.0)
+    positions = getattr(config, "max_position_embeddings", None) or num_tokens
+    if num_tokens > positions:
+        raise ValueError(f"num_tokens={num_tokens} is more than the {positions} positions of this {config.model_type} model")
+    if method == "side-cached" and (checkpointing or engine == "zeroth order"):
+        raise ValueError("side-cached runs no backbone: plan it without checkpointing and not with zeroth order")
+    if method.startswith("rev") and (checkpointing or engine == "two-pass ghost"):
+        raise ValueError(f"{method} recomputes its activations itself and frees them on the way: plan it without checkpointing, and not "
+                         "with two-pass ghost, whose first pass would have to keep the graph")
