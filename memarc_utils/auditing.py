@@ -28,8 +28,8 @@ from memarc_utils.randomness import seed_from_operating_system, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = [
-    "GradientCanaries", "InsertedCanaries", "OneRunAudit", "QuickAudit", "audit_engine", "audit_quickly", "best_of_shares", "chosen_on_half",
-    "clopper_pearson_epsilon", "exposure", "guess", "insert_canaries", "one_run_epsilon", "one_run_p_value",
+    "GradientCanaries", "InsertedCanaries", "OneRunAudit", "QuickAudit", "audit_engine", "audit_quickly", "best_of_shares",
+    "chosen_on_half", "clopper_pearson_epsilon", "exposure", "guess", "insert_canaries", "one_run_epsilon", "one_run_p_value",
     # membership inference, from memarc_utils.membership
     "AttackReport", "Judgement", "Threshold", "calibrated_scores", "choose_threshold", "confidence_margins", "error_zone_ratio",
     "error_zone_scores", "evaluate_attack", "judge_threshold", "lira_scores", "loss_scores", "score_examples", "split_halves",
@@ -177,7 +177,7 @@ class OneRunAudit:
         claimed_epsilon: by the accountant, for exactly the audited steps.
         largest_possible: the bound had every guess been right: a claim above it cannot be contradicted by this audit.
         noise_ratio: deviation of an empty step's noise over σC, over all trainable parameters; nan where it was not measured.
-        noise_surprise: how many standard deviations the worst parameter's own noise is off; infinite where one got none.
+        noise_surprise: how many standard deviations the noise is off, of the worst parameter or of all together; ∞ where one got none.
         scores, included: what the guesses were made from, for figures. Private in earnest.
     """
 
@@ -201,7 +201,7 @@ class OneRunAudit:
 
     @property
     def noise_fits(self) -> bool:
-        """Every parameter's noise is within six standard deviations of what normal values have."""
+        """The noise, of every parameter and of all together, is within six standard deviations of what normal values have."""
         return self.noise_surprise <= 6
 
     def __str__(self) -> str:
@@ -248,7 +248,8 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
         raise ValueError("the model still holds gradients: call optimizer.zero_grad() before the audit")
     canaries = GradientCanaries(model, min(num_canaries, plan.dataset_size), GRADIENT_SCALE * max(plan.max_grad_norm, 1.0))
     if len(canaries) < 10:
-        raise ValueError(f"room for {len(canaries)} canaries only: an audit needs hundreds (num_canaries={num_canaries}, N={plan.dataset_size})")
+        raise ValueError(f"room for {len(canaries)} canaries only: an audit needs hundreds (num_canaries={num_canaries}, "
+                         f"N={plan.dataset_size})")
     coins, draws, noise = spawn(generator or seed_from_operating_system(torch.Generator()), 3)
     included = torch.rand(len(canaries), generator=coins) < 0.5
     if plan.sampling == "poisson":
@@ -290,7 +291,7 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
 
 
 def _noise_ratio(noises: list[tuple[float, int]]) -> tuple[float, float]:
-    """Pooled deviation in units of the one claimed, and the worst parameter's distance in standard deviations.
+    """Pooled deviation in units of the one claimed, and the worst distance in standard deviations, of one parameter or of all together.
 
     Wilson and Hilferty: the cube root of a mean of n squares of standard normals is about N(1 − 2/(9n), 2/(9n)). One in a
     thousand of rounding is allowed for.
@@ -300,8 +301,8 @@ def _noise_ratio(noises: list[tuple[float, int]]) -> tuple[float, float]:
             return math.inf
         return max(0.0, abs((squares / n) ** (1 / 3) - 1 + 2 / (9 * n)) - 1e-3) / math.sqrt(2 / (9 * n))
 
-    pooled = math.sqrt(sum(squares for squares, _ in noises) / sum(n for _, n in noises))
-    return pooled, max(surprise(*each) for each in noises)
+    total, values = (sum(each) for each in zip(*noises))
+    return math.sqrt(total / values), max(surprise(*each) for each in [*noises, (total, values)])
 
 
 def _log_likelihood_ratio(reads: Float[Tensor, "steps canaries"], plan: PrivacyPlan, signal: float) -> Float[Tensor, "steps canaries"]:
@@ -327,8 +328,8 @@ class QuickAudit:
                           "verdict: " + ("no contradiction found" if self.holds else "CONTRADICTION, do not release this run")])
 
 
-def audit_quickly(model: nn.Module, loss_per_example: Callable, micro_batch: dict[str, Tensor], plan: PrivacyPlan, *, clipping: str = "flat",
-                  mode: str = "book_keeping", num_canaries: int = 2000, num_steps: int | None = None,
+def audit_quickly(model: nn.Module, loss_per_example: Callable, micro_batch: dict[str, Tensor], plan: PrivacyPlan, *,
+                  clipping: str = "flat", mode: str = "book_keeping", num_canaries: int = 2000, num_steps: int | None = None,
                   generator: torch.Generator | None = None) -> QuickAudit:
     """Half a minute before a long private training: does the engine keep its promises on *this* model, loss and plan?
 
@@ -359,7 +360,8 @@ def audit_quickly(model: nn.Module, loss_per_example: Callable, micro_batch: dic
         ValueError: as `make_private` and `audit_engine`.
     """
     if not micro_batch or not all(isinstance(t, Tensor) and t.dim() for t in micro_batch.values()):
-        raise ValueError("micro_batch must be a dict of tensors with the batch axis first, for example pad_rows([dataset[i] for i in range(4)])")
+        raise ValueError("micro_batch must be a dict of tensors with the batch axis first, for example "
+                         "pad_rows([dataset[i] for i in range(4)])")
     if plan.noise_multiplier == 0:
         raise ValueError("the plan has no noise, its ε is infinite: there is nothing to contradict. Audit a plan with noise_multiplier > 0")
     some = {name: t[:QUICK_EXAMPLES] for name, t in micro_batch.items()}

@@ -332,9 +332,11 @@ def with_biases(model):
     return select_bias_terms(model)
 
 
-QUICK = [("bert", "classification", add_lora, "automatic", classification_losses), ("bert", "classification", with_biases, "flat", plain_losses),
+QUICK = [("bert", "classification", add_lora, "automatic", classification_losses),
+         ("bert", "classification", with_biases, "flat", plain_losses),
          ("roberta", "classification", select_linear_probe, "flat", classification_losses),
-         ("gpt2", "causal_lm", lambda model: model, "automatic", causal_lm_losses), ("llama", "causal_lm", add_lora, "per_layer", causal_lm_losses)]
+         ("gpt2", "causal_lm", lambda model: model, "automatic", causal_lm_losses),
+         ("llama", "causal_lm", add_lora, "per_layer", causal_lm_losses)]
 
 
 @pytest.mark.parametrize(("family", "task", "prepare", "clipping", "losses"), QUICK, ids=[f"{q[0]}-{q[3]}" for q in QUICK])
@@ -356,6 +358,13 @@ def test_a_quick_audit_finds_a_planted_fault(monkeypatch, capsys, fault):
     report = audit_quickly(model, classification_losses, padded_batch(model), plan_for_audit(max_grad_norm=0.1), generator=seeded(0))
     assert report.audit.contradicts and not report.holds
     assert "CONTRADICTION" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_quick_audit_finds_too_little_noise_that_no_guess_shows(monkeypatch):
+    model = add_lora(tiny("bert"))
+    monkeypatch.setattr(dp_sgd, "contribution_bound", lambda bound, *_: 0.9 * bound)
+    report = audit_quickly(model, classification_losses, padded_batch(model), plan_for_audit(max_grad_norm=0.1), generator=seeded(0))
+    assert not report.audit.contradicts and not report.holds and "NOT AS CLAIMED" in str(report)
 
 
 def test_a_quick_audit_finds_a_loss_that_mixes_examples():
