@@ -21,6 +21,7 @@ class SensitivityReport:
         max_norm_error: the same for the norms the engine clips by.
         untrained_parameters: names that no backward pass recorded.
         max_grad_norm: the bound C that was asked for.
+        examples_dropped: examples whose gradient is not finite: they contribute zero, and no gradient of theirs can be compared.
     """
 
     max_contribution: float
@@ -28,6 +29,7 @@ class SensitivityReport:
     max_norm_error: float
     untrained_parameters: list[str]
     max_grad_norm: float
+    examples_dropped: int = 0
 
     @property
     def holds(self) -> bool:
@@ -37,8 +39,9 @@ class SensitivityReport:
     def __str__(self) -> str:
         verdict = "one example moves the sum by at most C" if self.holds else "NOT SAFE"
         untrained = f"; untrained: {', '.join(self.untrained_parameters)}" if self.untrained_parameters else ""
+        dropped = f"; {self.examples_dropped} examples were not finite and contributed nothing" if self.examples_dropped else ""
         return (f"{verdict}: largest contribution {self.max_contribution:.6g} (C = {self.max_grad_norm:g}), largest relative "
-                f"error of a gradient {self.max_relative_error:.2g}, of a norm {self.max_norm_error:.2g}{untrained}")
+                f"error of a gradient {self.max_relative_error:.2g}, of a norm {self.max_norm_error:.2g}{untrained}{dropped}")
 
 
 def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str, Tensor], max_grad_norm: float = 1.0,
@@ -56,12 +59,15 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
         micro_batch: tensors with the batch axis first.
 
     Raises:
-        ValueError: as `make_private`.
+        ValueError: as `make_private`; or no example of the batch has a finite gradient, so that nothing can be measured.
     """
     check_clipping(clipping, max_grad_norm)
     batch = _batch_size(micro_batch)
     with _without_dropout(model) as checkpoint_again:
         loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
+        comparable = [i for i in range(batch) if math.isfinite(_distance(loop[i], {}))]
+        if not comparable:
+            raise ValueError("no example of the batch has a finite gradient, so nothing was measured: look at the losses and the inputs")
         checkpoint_again()
         # Without the probe: what it would refuse is measured here.
         sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer", probe=False)
@@ -79,6 +85,8 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
             for i in everyone:
                 rest = clipped([j for j in everyone if j != i], bounded)[0] if batch > 1 else {}
                 contribution = max(contribution, _distance(whole, rest))
+                if i not in comparable:
+                    continue
                 alone = clipped(everyone, lambda n: torch.nn.functional.one_hot(torch.tensor(i, device=n.device), batch).to(n.dtype))[0]
                 size = max(_distance(loop[i], {}), 1e-6)
                 relative = max(relative, _distance(alone, loop[i]) / size)
@@ -86,7 +94,7 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
             untrained = [n for n in sampler.names.values() if n not in sampler.recorded]
         finally:
             sampler.detach()
-    return SensitivityReport(contribution, relative, norm_error, untrained, max_grad_norm)
+    return SensitivityReport(contribution, relative, norm_error, untrained, max_grad_norm, batch - len(comparable))
 
 
 @contextlib.contextmanager

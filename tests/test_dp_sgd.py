@@ -207,6 +207,9 @@ def test_report_with_a_non_finite_example_is_finite():
     x[2] = float("inf")
     report = verify_sensitivity(model, lambda m, b: m(b["x"]).square().sum(1), {"x": x}, max_grad_norm=0.5)
     assert math.isfinite(report.max_contribution) and report.max_contribution <= 0.5 * (1 + 1e-4) and report.holds
+    assert report.examples_dropped == 1 and "1 examples were not finite" in str(report)
+    with pytest.raises(ValueError, match="no example of the batch has a finite gradient"):
+        verify_sensitivity(model, lambda m, b: m(b["x"]).square().sum(1), {"x": x[2:3].repeat(3, 1)}, max_grad_norm=0.5)
 
 
 def test_report_that_is_not_a_number_does_not_hold():

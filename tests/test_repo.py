@@ -20,7 +20,7 @@ TOP_LEVEL = {
 # A module may import one of a lower floor, never one of its own floor or above. Notebooks stand on top of all.
 FLOORS = [
     {"accounting", "book_keeping", "recording", "plotting", "data", "environment", "notebook_outputs", "randomness",
-     "preparation", "data_parallel", "couplings", "block_halves"},
+     "preparation", "data_parallel", "couplings", "block_halves", "summary"},
     {"function_rules", "probe", "reversal"},
     {"layer_rules", "notebooks"},
     {"model_checks", "side_blocks"},

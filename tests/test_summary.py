@@ -1,0 +1,103 @@
+"""The README's tables are those of the recorded rows, rebuilt here from the CSV files alone."""
+
+import csv
+import json
+import math
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from memarc_utils import data, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(name):
+    with open(ROOT / "data" / "results" / f"{name}.csv", encoding="utf-8", newline="") as file:
+        return [{**row, "settings": json.loads(row["settings"])} for row in csv.DictReader(file)]
+
+
+def table_in(text, marker):
+    """A markdown table between two comments: {row name: {column: cell}}."""
+    found = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", text, re.S)
+    assert found, f"README.md has no <!-- {marker} --> ... <!-- /{marker} -->"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in found.group(1).splitlines()]
+    header, _, *body = lines
+    return {row[0]: dict(zip(header[1:], row[1:])) for row in body}
+
+
+def rebuilt_accuracy():
+    """(dataset, method, target ε) to (mean, sd, n) of the settings that validate best, without pandas."""
+    values = defaultdict(lambda: defaultdict(dict))
+    for row in rows_of("31_classification"):
+        target = row["settings"].get("target_epsilon") or math.inf
+        setting = json.dumps(row["settings"], sort_keys=True)
+        values[row["dataset"], row["method"], target][setting].setdefault(row["metric"], {})[row["seed"]] = float(row["value"])
+    found = {}
+    for key, settings in values.items():
+        tested = {s: v for s, v in settings.items() if "test_accuracy" in v}
+        best = max(tested.values(), key=lambda v: (len(v["test_accuracy"]), statistics.mean(v["validation_accuracy"].values())))
+        numbers = list(best["test_accuracy"].values())
+        found[key] = statistics.mean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else math.nan, len(numbers)
+    return found
+
+
+def test_accuracies_are_the_rows():
+    want = rebuilt_accuracy()
+    got = {(row.dataset, row.method, row.epsilon): (row.mean, row.sd, row.n) for row in summary.accuracies().itertuples()}
+    assert got.keys() == want.keys()
+    for key, values in want.items():
+        assert got[key] == pytest.approx(values, rel=1e-9, nan_ok=True), key
+
+
+def test_the_readmes_table_is_rebuilt_from_the_rows():
+    shown = table_in((ROOT / "README.md").read_text(encoding="utf-8"), "headline")
+    peaks, seconds = {}, {}
+    for row in rows_of("step_costs"):
+        s = row["settings"]
+        if (s["shape"], s["clipping"], s["optimizer"], s["engine"], s["batch_size"], s["num_tokens"]) == (
+                "roberta-base", "flat", "sgd", "book-keeping", 16, 128):
+            which = {"peak_memory": peaks, "seconds_per_step": seconds}.get(row["metric"])
+            if which is not None:
+                which[row["method"], s["checkpointing"]] = float(row["value"])
+    accuracy = rebuilt_accuracy()
+    for name, (in_grid, in_costs, settings) in summary.HEADLINE.items():
+        key = in_costs, settings.get("checkpointing", False)
+        want = {"peak memory": f"{peaks[key] / peaks['lora', False]:.3f}" if key in peaks else "",
+                "time of a step": f"{seconds[key] / seconds['lora', False]:.2f}" if key in seconds else ""}
+        for title, epsilon in (("ε = 1", 1.0), ("ε = 3", 3.0), ("ε = 8", 8.0), ("no privacy", math.inf)):
+            cell = accuracy.get(("film_reviews", in_grid, epsilon))
+            spread = f" ± {100 * cell[1]:.1f}" if cell and cell[2] > 1 else ""
+            want[title] = f"{100 * cell[0]:.1f}{spread} ({cell[2]})" if cell else ""
+        assert shown[name] == want, name
+    assert shown.keys() == summary.HEADLINE.keys()
+
+
+def test_the_readme_shows_what_the_summary_makes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert summary.as_markdown(summary.headline()) in text, "run: python -m memarc_utils.summary, and put its table into README.md"
+
+
+def test_contaminated_pairs_are_those_of_the_cards():
+    named = {name for name, spec in data._SOURCES.items() if spec.contaminated_for}
+    assert set(summary.CONTAMINATED) & set(data._SOURCES) == named
+
+
+def test_settings_that_validate_best_count(tmp_path, monkeypatch):
+    rows = [("a", seed, metric, value, setting) for setting, validation, test in ((1, 0.6, 0.9), (2, 0.7, 0.5)) for seed in range(2)
+            for metric, value in (("validation_accuracy", validation), ("test_accuracy", test + seed / 100))]
+    table = pd.DataFrame([{"dataset": "d", "method": m, "seed": s, "metric": k, "value": v, "trainable_share": 0.1,
+                           "settings": json.dumps({"target_epsilon": 3.0, "x": x})} for m, s, k, v, x in rows])
+    table.to_csv(tmp_path / "31_classification.csv", index=False)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    found = summary.accuracies().iloc[0]
+    assert found["mean"] == pytest.approx(0.505) and found["n"] == 2 and found["sd"] == pytest.approx(statistics.stdev([0.5, 0.51]))
+    assert summary.accuracy_table("d").loc["a", "ε = 3"] == "50.5 ± 0.7 (2)"
+    with pytest.raises(ValueError, match="no run on 'e'"):
+        summary.accuracy_table("e")
+    with pytest.raises(ValueError, match="nothing is recorded as 'x'"):
+        summary.results_of("x")
