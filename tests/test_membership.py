@@ -316,6 +316,11 @@ def test_token_evidence_adds_up_to_the_loss(family):
 
     assert np.allclose(membership.score_examples(model, rows, mean_loss, 3), membership.score_examples(model, rows, causal_lm_losses, 7),
                        atol=1e-5)
+    batch = next(membership._evaluation_batches(model, rows, len(rows)))
+    log_p, mispredicted = membership.token_evidence(model, batch)
+    beyond = batch["labels"][:, 1:] == -100  # prompts and padding
+    assert beyond.any() and mispredicted.any()
+    assert not mispredicted[beyond].any() and not log_p[beyond].any()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
