@@ -144,6 +144,7 @@ def measure_here(case: StepCase) -> dict[str, float]:
     """Measures a case in this process; `measure_cases` calls it in a fresh one."""
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
+    _warm_up()
     before = _resident_bytes()
     step = _prepared_step(case)
     loaded = _resident_bytes()
@@ -157,6 +158,13 @@ def measure_here(case: StepCase) -> dict[str, float]:
         seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds),
             "peak_mb": (memory.peak - loaded) / 1e6, "model_mb": (loaded - before) / 1e6}
+
+
+def _warm_up() -> None:
+    """Matrix products of a real size: the libraries' packing buffers, some 5 MB a thread, are set up once and are no step's memory."""
+    x, w = torch.randn(4, 512, 1024), torch.randn(1024, 1024)
+    for product in (lambda: x @ w, lambda: x @ w.t(), lambda: x.transpose(1, 2) @ x, lambda: x.flatten(0, 1).t() @ x.flatten(0, 1)):
+        product()
 
 
 def _prepared_step(case: StepCase) -> Callable[[], None]:

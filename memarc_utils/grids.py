@@ -3,7 +3,7 @@
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
 every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
 of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
-measured peak.
+measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models.
 """
 
 import csv
@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -90,13 +91,15 @@ _ENGINES_PLANNED = {"opacus hooks": "per-example", "opacus ghost": "two-pass gho
 def _planner_cases() -> list[StepCase]:
     """Every method at RoBERTa-base's shape, three batch sizes by three lengths; opacus's two ways at the largest of each."""
     methods = [name for name in PLANNED_METHODS if name != "bitfit with added biases"]  # RoBERTa has all its biases
-    sizes = [{"batch_size": b, "num_tokens": t, "repeats": 1} for b in (4, 8, 16) for t in (32, 64, 128)]
+    sizes = [{"batch_size": b, "num_tokens": t, "repeats": 1, "threads": 1} for b in (4, 8, 16) for t in (32, 64, 128)]
     ours = [StepCase(method, "book-keeping", **size) for size in sizes for method in methods]
     others = [case for size in sizes for case in (StepCase("lora", "book-keeping", checkpointing=True, **size),
                                                   StepCase("rev-lora", "book-keeping", clipping="per_layer", **size),
                                                   StepCase("full", "zeroth order", **size), StepCase("full", "non-private", **size))]
     opacus = [StepCase(method, engine, **sizes[-1]) for method in ("full", "lora") for engine in _ENGINES_PLANNED]
-    return [*ours, *others, *opacus]
+    cases = [*ours, *others, *opacus]
+    random.Random(0).shuffle(cases)  # a run that is stopped has seen some of everything
+    return cases
 
 
 def compare_plans(cases: list[StepCase], experiment: str = "30_planner") -> None:
@@ -121,16 +124,34 @@ def compare_plans(cases: list[StepCase], experiment: str = "30_planner") -> None
                           trainable_share=plan.trainable * 4 / plan.parameters, settings=settings, **nothing)
 
 
+_WHOLE_STEPS = {"full, per-example gradients": ("full", {"engine": "per-example"}), "full": ("full", {}), "lora": ("lora", {}),
+                "lora, checkpointed": ("lora", {"checkpointing": True}), "bitfit": ("bitfit", {}), "side": ("side", {}),
+                "side-cached": ("side-cached", {}), "rev-lora": ("rev-lora", {})}
+
+
+def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), experiment: str = "30_memory") -> None:
+    """Appends the planned memory of whole steps, model included, to ``data/results/30_memory.csv``: the paper's two models, weights in
+    bfloat16, AdamW, B = 32, T = 128, with attention weights standing in memory and without."""
+    nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps"))
+    cases = [(shape, case, fused) for shape in shapes for fused in (False, True) for case in _WHOLE_STEPS]
+    for shape, case, fused in progress(cases, "plans", len(cases)):
+        method, options = _WHOLE_STEPS[case]
+        plan = plan_memory(shape, method, 32, 128, "bfloat16", fused_attention=fused, **options)
+        append_result(table_of(experiment), experiment=experiment, method=method, model=shape, dataset="none", seed=0,
+                      metric="planned_whole_step", value=plan.total_bytes / 1e9, unit="GB", noise_multiplier=1.0, max_grad_norm=1.0,
+                      device="cpu", trainable_share=None, **nothing,
+                      settings={"case": case, "fused_attention": fused, "batch_size": 32, "num_tokens": 128, "dtype": "bfloat16",
+                                "optimizer": "adamw"})
+
+
 def main(arguments: list[str]) -> None:
     names = arguments or list(GRIDS)
-    if names == ["steps"]:
-        measure_steps(_step_cases())
-        return
-    if names == ["planner"]:
-        compare_plans(_planner_cases())
+    alone = {"steps": lambda: measure_steps(_step_cases()), "planner": lambda: compare_plans(_planner_cases()), "plans": record_plans}
+    if len(names) == 1 and names[0] in alone:
+        alone[names[0]]()
         return
     if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps or planner, by itself, to measure time and memory")
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, for time and memory")
     shard = os.environ.get("SHARD", "0/1")
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):

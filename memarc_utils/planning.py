@@ -74,7 +74,8 @@ class MemoryPlan:
 
 def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_size: int, num_tokens: int,
                 dtype: torch.dtype | str = torch.float32, clipping: str = "flat", *, engine: str = "book-keeping", task: str | None = None,
-                checkpointing: bool = False, optimizer: str = "adamw", fused_attention: bool = False) -> MemoryPlan:
+                checkpointing: bool = False, optimizer: str = "adamw", fused_attention: bool = False,
+                parts: bool = True) -> MemoryPlan:
     """Predicts what one step holds at its peak. Nothing of the model's size is allocated.
 
     Counted is what torch's allocator would give out on a CPU; scratch space inside of kernels is not. On a GPU the fused attention
@@ -94,6 +95,8 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
         task: ``classification`` (two classes) or ``causal-lm``; by default what the model's type is for.
         checkpointing: activation checkpointing of each block.
         optimizer: ``sgd`` or ``adamw``.
+        fused_attention: see above.
+        parts: False for the total alone, in half the time: gradients, engine and activations then count as working.
 
     Raises:
         ValueError: an argument that does not fit, or a method that the model cannot take: the message says why.
@@ -102,11 +105,12 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
     >>> plan.parameters > plan.gradients > 0
     True
     """
-    return _plan(_config(model), method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer, fused_attention)
+    return _plan(_config(model), method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer, fused_attention,
+                 parts)
 
 
 def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping="flat", engine="book-keeping", task=None,
-          checkpointing=False, optimizer="adamw", fused_attention=False, total_only: bool = False) -> MemoryPlan:
+          checkpointing=False, optimizer="adamw", fused_attention=False, parts=True) -> MemoryPlan:
     task = task or ("causal-lm" if config.model_type in _DECODERS else "classification")
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer)
@@ -122,7 +126,7 @@ def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping=
         state = _storages(tree_leaves([dict(s) for s in step.optimizer.state.values()]))
         first = _Tracker(known={*standing, *state})
         step.run(first)
-        if not total_only:
+        if parts:
             forward = step.after_forward
             second = _Tracker(known={*standing, *state}, stop_at=first.peak_at, look=lambda live: step.parts(live, forward))
             step.run(second)
@@ -148,7 +152,7 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
 
     def total(batch_size: int) -> int:
         if batch_size not in known:
-            known[batch_size] = _plan(config, method, batch_size, num_tokens, total_only=True, **settings).total_bytes
+            known[batch_size] = _plan(config, method, batch_size, num_tokens, **{**settings, "parts": False}).total_bytes
         return known[batch_size]
 
     if total(1) > budget:
