@@ -102,7 +102,7 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
         ValueError: an argument that does not fit, or a method that the model cannot take: the message says why.
 
     >>> plan = plan_memory("tiny", "lora", batch_size=4, num_tokens=16)
-    >>> plan.parameters > plan.gradients > 0
+    >>> plan.peak_bytes > plan.activations > 0
     True
     """
     return _plan(_config(model), method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer, fused_attention,
