@@ -1,36 +1,22 @@
 """Runs of an ablation as a table: what is recorded is read, the rest is run. One row a cell, so that seeds can be averaged."""
 
-import csv
-import json
 from dataclasses import asdict
 
 import pandas as pd
 
-from memarc_utils.experiments import Cell, run_cell, table_of
+from memarc_utils.experiments import Cell, rows_of, run_cell
 from memarc_utils.training import progress
 
 _METRICS = ("validation_accuracy", "test_accuracy")
 
 
 def _recorded(cell: Cell) -> dict[str, float | bool] | None:
-    """Both accuracies of a cell from its table, the last ones if it was recorded twice; None if one is missing."""
-    path = table_of(cell.experiment)
-    if not path.exists():
-        return None
-    wanted, found = cell.settings(), {}
-    same = {"method": cell.method, "dataset": cell.dataset, "seed": str(cell.seed)}
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if any(row[name] != value for name, value in same.items()):
-                continue
-            have = json.loads(row["settings"])
-            private = wanted["target_epsilon"] is not None
-            if {**have, "code": ""} != {**wanted, "code": ""} or private and float(row["max_grad_norm"]) != cell.max_grad_norm:
-                continue
-            found[row["metric"]] = float(row["value"])
-            found["same_code"] = have["code"] == wanted["code"]
-            found["sigma"] = float(row["noise_multiplier"] or 0)
-            found["share"] = float(row["trainable_share"])
+    """Both accuracies of a cell from its table; None if one is missing."""
+    found = {}
+    for row, same_code in rows_of(cell):
+        if row["seed"] == str(cell.seed):
+            found |= {row["metric"]: float(row["value"]), "sigma": float(row["noise_multiplier"] or 0),
+                      "share": float(row["trainable_share"]), "same_code": same_code}
     return found if all(metric in found for metric in _METRICS) else None
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 
 from memarc_utils import adapters, feature_cache, training
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.backbones import REPOSITORY, load_backbone, load_tokenizer
+from memarc_utils.backbones import load_backbone, load_tokenizer
 from memarc_utils.clipping import check_clipping
-from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.data import load_text_dataset, tokenize_dataset
+from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
-from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils.summary import RESULTS
 
-RESULTS = REPOSITORY / "data" / "results"
 _SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_keeping", "clipping", "data", "dp_sgd", "grad_sample",
                 "layer_rules", "randomness", "training")
 _MODEL = "default-encoder"
@@ -83,13 +82,13 @@ METHODS: dict[str, Method] = {
     "side-cached low_rank": Method(_side(downsample="low_rank"), **_SIDE_RATES),
     "side-cached pooled": Method(_side(downsample="pooled"), **_SIDE_RATES),
     "side-cached orthogonal": Method(_side(downsample="orthogonal"), **_SIDE_RATES),
-    "lora": Method(adapters.add_lora, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
-    "ffa-lora": Method(lambda model: adapters.add_lora(model, freeze_a=True), (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
-    "adapters": Method(adapters.add_bottleneck_adapters, (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
-    "bitfit": Method(adapters.select_bias_terms, (1e-2, 1e-2, 1e-1), (1e-3, 1e-3, 1e-3)),
-    "full": Method(adapters.train_everything, (1e-3, 1e-3, 5e-2), (5e-5, 5e-5, 1e-3)),
-    "rev-lora": Method(lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (1e-3, 5e-3, 1e-1),
-                       (5e-4, 5e-4, 1e-3), code=("couplings", "reversal", "reversible")),
+    "lora": Method(PREPARATIONS["lora"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
+    "ffa-lora": Method(PREPARATIONS["ffa-lora"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
+    "adapters": Method(PREPARATIONS["adapters"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
+    "bitfit": Method(PREPARATIONS["bitfit"], (1e-2, 1e-2, 1e-1), (1e-3, 1e-3, 1e-3)),
+    "full": Method(PREPARATIONS["full"], (1e-3, 1e-3, 5e-2), (5e-5, 5e-5, 1e-3)),
+    "rev-lora": Method(PREPARATIONS["rev-lora"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3),
+                       code=("couplings", "reversal", "reversible")),
 }
 
 
@@ -243,25 +242,36 @@ def table_of(experiment: str) -> Path:
     return RESULTS / f"{experiment}.csv"
 
 
+def rows_of(cell: Cell) -> Iterator[tuple[dict, bool]]:
+    """The rows of the cell's table that have all of its settings, of any seed; and whether today's code made them. C is a column of its
+    own, which a row without privacy leaves empty."""
+    path, wanted = table_of(cell.experiment), cell.settings()
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if (row["method"], row["dataset"]) == (cell.method, cell.dataset):
+                have = json.loads(row["settings"])
+                if {**have, "code": ""} != {**wanted, "code": ""}:
+                    continue
+                if not math.isfinite(cell.epsilon) or float(row["max_grad_norm"]) == cell.max_grad_norm:
+                    yield row, have["code"] == wanted["code"]
+
+
 def finished(cell: Cell) -> bool:
     """Whether the cell's row is in its table.
 
     Raises:
         ValueError: the table has rows of the same setting that other code made.
     """
-    path, wanted = table_of(cell.experiment), cell.settings()
-    if not path.exists():
-        return False
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] == cell.method and row["dataset"] == cell.dataset]
-    for row in rows:
-        have = json.loads(row["settings"])
-        if {**have, "code": ""} == {**wanted, "code": ""} and have["code"] != wanted["code"]:
-            raise ValueError(f"{path.name} has rows of {cell.method} on {cell.dataset} that other code made ({have['code']}, now "
-                             f"{wanted['code']}): move them away, or check out the code that made them (commit {row['commit']})")
-        if have == wanted and row["seed"] == str(cell.seed) and row["metric"] == _LAST_METRIC:
-            return True
-    return False
+    found = False
+    for row, same_code in rows_of(cell):
+        if not same_code:
+            theirs, ours = json.loads(row["settings"])["code"], cell.settings()["code"]
+            raise ValueError(f"{table_of(cell.experiment).name} has rows of {cell.method} on {cell.dataset} that other code made ({theirs}, "
+                             f"now {ours}): move them away, or check out the code that made them (commit {row['commit']})")
+        found = found or (row["seed"] == str(cell.seed) and row["metric"] == _LAST_METRIC)
+    return found
 
 
 def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
@@ -276,8 +286,11 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
     """
     index, count = shard
     missing = [cell for cell in cells[index::count] if not finished(cell)]
+    ran = 0
     for cell in training.progress(missing, "cells", len(missing)):
-        found = run_cell(cell)
+        if finished(cell):  # by another process, in the meantime
+            continue
+        found, ran = run_cell(cell), ran + 1
         private = math.isfinite(cell.epsilon)
         for split in ("validation", "test"):  # in this order: `finished` looks for the last one
             append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model="all-MiniLM-L6-v2",
@@ -286,4 +299,4 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
                           sample_rate=found.get("sample_rate"), num_steps=cell.num_steps if private else None,
                           max_grad_norm=cell.max_grad_norm if private else None, seed=cell.seed, metric=f"{split}_accuracy",
                           value=found[f"{split}_accuracy"], unit="share", trainable_share=found["share"], settings=cell.settings())
-    return len(missing)
+    return ran

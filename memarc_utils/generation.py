@@ -25,13 +25,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from memarc_utils import adapters, training
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.backbones import REPOSITORY, load_backbone, load_tokenizer
+from memarc_utils.backbones import load_backbone, load_tokenizer
 from memarc_utils.batch_selection import pad_rows
-from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.data import load_text_dataset, tokenize_dataset
+from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
-from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
+from memarc_utils.summary import RESULTS
 
 TEMPLATE = "{text}\n"  # what `tokenize_dataset` makes a prompt with
 _NIST_ORDER = 5
@@ -250,12 +250,12 @@ def scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
 # noise of a small batch ruined the model. The side blocks are mlp blocks, so that decoding keeps its cache.
 METHODS: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[float, float]]] = {
     "side": (lambda model: attach_side_network(model, SideNetworkConfig(block="mlp", layers=5)), (2e-3, 5e-3)),
-    "lora": (adapters.add_lora, (1e-3, 5e-3)),
-    "rev-lora": (lambda model: make_reversible(adapters.add_lora(model), ReversibleConfig()), (1e-3, 5e-3)),
-    "bitfit": (lambda model: adapters.select_bias_terms(model, add_missing=True), (1e-2, 1e-2)),
+    "lora": (PREPARATIONS["lora"], (1e-3, 5e-3)),
+    "rev-lora": (PREPARATIONS["rev-lora"], (1e-3, 5e-3)),
+    "bitfit": (PREPARATIONS["bitfit with added biases"], (1e-2, 1e-2)),
 }
 UNTRAINED = "untrained"
-TABLE = REPOSITORY / "data" / "results" / "32_generation.csv"
+TABLE = RESULTS / "32_generation.csv"
 _UNITS = {"bleu": "points", "rouge_l": "points", "nist": "", "beam_bleu": "points", "beam_rouge_l": "points", "beam_nist": "",
           "perplexity": ""}  # in the order of the rows; the last one marks a finished run
 

@@ -105,23 +105,28 @@ def _planner_cases() -> list[StepCase]:
 def compare_plans(cases: list[StepCase], experiment: str = "30_planner") -> None:
     """Appends the planned and the measured peak of each case above the loaded model to ``data/results/30_planner.csv``; a case whose rows
     are there is skipped."""
-    table = table_of(experiment)
-    done = set()
-    if table.exists():
-        with open(table, encoding="utf-8", newline="") as file:
-            done = {(row["method"], row["settings"]) for row in csv.DictReader(file) if row["metric"] == "measured_peak"}
+    table, done = table_of(experiment), _recorded_settings(experiment, "measured_peak")
     nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps"))
     for case in progress(cases, "cases", len(cases)):
         settings = {name: value for name, value in asdict(case).items() if name not in ("method", "threads", "repeats")}
-        if (case.method, json.dumps(settings, sort_keys=True)) in done:
+        if (case.shape, case.method, json.dumps(settings, sort_keys=True)) in done:
             continue
         plan = plan_memory(case.shape, case.method, case.batch_size, case.num_tokens, clipping=case.clipping, task="classification",
-                           engine=_ENGINES_PLANNED.get(case.engine, case.engine), checkpointing=case.checkpointing, optimizer=case.optimizer)
+                           engine=_ENGINES_PLANNED.get(case.engine, case.engine), checkpointing=case.checkpointing,
+                           optimizer=case.optimizer)
         measured = measure_cases([case]).iloc[0]["peak_mb"]
         for metric, value in (("planned_peak", plan.peak_bytes / 1e6), ("measured_peak", float(measured))):
             append_result(table, experiment=experiment, method=case.method, model=case.shape, dataset="random tokens", seed=0,
                           metric=metric, value=value, unit="MB", noise_multiplier=1.0, max_grad_norm=1.0, device="cpu",
-                          trainable_share=plan.trainable * 4 / plan.parameters, settings=settings, **nothing)
+                          trainable_share=None, settings=settings, **nothing)
+
+
+def _recorded_settings(experiment: str, metric: str) -> set[tuple[str, str, str]]:
+    """Model, method and settings of the rows that a table has of a metric."""
+    if not table_of(experiment).exists():
+        return set()
+    with open(table_of(experiment), encoding="utf-8", newline="") as file:
+        return {(row["model"], row["method"], row["settings"]) for row in csv.DictReader(file) if row["metric"] == metric}
 
 
 _WHOLE_STEPS = {"full, per-example gradients": ("full", {"engine": "per-example"}), "full": ("full", {}), "lora": ("lora", {}),
@@ -131,17 +136,19 @@ _WHOLE_STEPS = {"full, per-example gradients": ("full", {"engine": "per-example"
 
 def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), experiment: str = "30_memory") -> None:
     """Appends the planned memory of whole steps, model included, to ``data/results/30_memory.csv``: the paper's two models, weights in
-    bfloat16, AdamW, B = 32, T = 128, with attention weights standing in memory and without."""
+    bfloat16, AdamW, B = 32, T = 128, with attention weights standing in memory and without. What is there is skipped."""
+    done = _recorded_settings(experiment, "planned_whole_step")
     nothing = dict.fromkeys(("num_train", "epsilon", "delta", "accountant", "sample_rate", "num_steps"))
     cases = [(shape, case, fused) for shape in shapes for fused in (False, True) for case in _WHOLE_STEPS]
     for shape, case, fused in progress(cases, "plans", len(cases)):
         method, options = _WHOLE_STEPS[case]
+        settings = {"case": case, "fused_attention": fused, "batch_size": 32, "num_tokens": 128, "dtype": "bfloat16", "optimizer": "adamw"}
+        if (shape, method, json.dumps(settings, sort_keys=True)) in done:
+            continue
         plan = plan_memory(shape, method, 32, 128, "bfloat16", fused_attention=fused, **options)
         append_result(table_of(experiment), experiment=experiment, method=method, model=shape, dataset="none", seed=0,
                       metric="planned_whole_step", value=plan.total_bytes / 1e9, unit="GB", noise_multiplier=1.0, max_grad_norm=1.0,
-                      device="cpu", trainable_share=None, **nothing,
-                      settings={"case": case, "fused_attention": fused, "batch_size": 32, "num_tokens": 128, "dtype": "bfloat16",
-                                "optimizer": "adamw"})
+                      device="cpu", trainable_share=None, settings=settings, **nothing)
 
 
 def main(arguments: list[str]) -> None:
@@ -151,7 +158,8 @@ def main(arguments: list[str]) -> None:
         alone[names[0]]()
         return
     if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, for time and memory")
+        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, to measure "
+                         "time and memory")
     shard = os.environ.get("SHARD", "0/1")
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):

@@ -88,13 +88,13 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
         batch_size: B, of the micro-batch.
         num_tokens: T of each example, no padding.
         dtype: of the frozen weights and, by autocast, of the computation (a name will do: ``"bfloat16"``). What trains is held in float32.
-        clipping: of our engine: ``flat``, ``automatic``, ``per_layer``.
+        clipping: of our engine: ``flat``, ``automatic``, ``per_layer``; the other engines have none to choose.
         engine: ``book-keeping`` (ours); ``per-example`` (all per-example gradients at once, as opacus's hooks); ``two-pass ghost``
             (a backward pass that keeps the graph for the norms, whose own scratch is not counted, and a second one for the sum);
             ``non-private``; ``zeroth order``.
         task: ``classification`` (two classes) or ``causal-lm``; by default what the model's type is for.
         checkpointing: activation checkpointing of each block.
-        optimizer: ``sgd`` or ``adamw``.
+        optimizer: ``sgd`` or ``adamw``; zeroth-order training keeps no state, whichever it is.
         fused_attention: see above.
         parts: False for the total alone, in half the time: gradients, engine and activations then count as working.
 
@@ -144,15 +144,16 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
     Args:
         settings: further ones of `plan_memory`.
     """
-    if unknown := sorted(set(settings) - set(inspect.signature(plan_memory).parameters)):
-        raise ValueError(f"largest_batch has no setting {unknown[0]!r}: give those of plan_memory")
+    known_settings = set(inspect.signature(plan_memory).parameters) - {"batch_size", "parts"}
+    if unknown := sorted(set(settings) - known_settings):
+        raise ValueError(f"largest_batch has no setting {unknown[0]!r}: give some of {', '.join(sorted(known_settings))}")
     if not budget_gib > 0:
         raise ValueError(f"budget_gib must be above 0, got {budget_gib!r}")
     budget, known, config = budget_gib * _GIB, {}, _config(model)
 
     def total(batch_size: int) -> int:
         if batch_size not in known:
-            known[batch_size] = _plan(config, method, batch_size, num_tokens, **{**settings, "parts": False}).total_bytes
+            known[batch_size] = _plan(config, method, batch_size, num_tokens, parts=False, **settings).total_bytes
         return known[batch_size]
 
     if total(1) > budget:
@@ -370,6 +371,8 @@ def _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     check_clipping(clipping, 1.0)
+    if clipping != "flat" and engine not in ("book-keeping", "per-example"):
+        raise ValueError(f"clipping={clipping!r} is our engine's: plan it with engine='book-keeping' or 'per-example', not {engine!r}")
     positions = getattr(config, "max_position_embeddings", None) or num_tokens
     if num_tokens > positions:
         raise ValueError(f"num_tokens={num_tokens} is more than the {positions} positions of this {config.model_type} model")

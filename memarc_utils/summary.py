@@ -47,7 +47,7 @@ def accuracies(experiment: str = "31_classification") -> pd.DataFrame:
     """
     table = results_of(experiment)
     table["target"] = [s.get("target_epsilon") or math.inf for s in table["settings"]]
-    table["setting"] = [json.dumps(s, sort_keys=True) for s in table["settings"]]
+    table["setting"] = [f"{json.dumps(s, sort_keys=True)} C={bound}" for s, bound in zip(table["settings"], table["max_grad_norm"])]
     keys = ["dataset", "method", "target", "setting"]
     validation = table[table["metric"] == "validation_accuracy"].groupby(keys)["value"].mean()
     tested = table[table["metric"] == "test_accuracy"].groupby(keys).agg(
@@ -63,7 +63,7 @@ def accuracy_table(dataset: str, experiment: str = "31_classification") -> pd.Da
     table = accuracies(experiment)
     table = table[table["dataset"] == dataset]
     if table.empty:
-        raise ValueError(f"no run on {dataset!r} is recorded in {experiment}")
+        raise ValueError(f"no run on {dataset!r} is recorded in {experiment}: run its grid first (make experiments)")
     wide = {method: {_title(row.epsilon): _cell(row) for row in rows.itertuples()} for method, rows in table.groupby("method", sort=False)}
     return pd.DataFrame.from_dict(wide, orient="index", columns=[_title(e) for e in EPSILONS]).fillna("").rename_axis("method")
 
@@ -90,6 +90,8 @@ def step_costs(shape: str = "roberta-base", batch_size: int = 16, num_tokens: in
 def headline(dataset: str = "film_reviews") -> pd.DataFrame:
     """Memory and time of a step over DP-LoRA's (RoBERTa-base's shape), and accuracy with MiniLM on a data set, a row a method."""
     costs, accuracy = step_costs(), accuracies()
+    if dataset not in set(accuracy["dataset"]):
+        raise ValueError(f"no run on {dataset!r} is recorded: take one of {', '.join(accuracy['dataset'].unique())}, or run its grid first")
     accuracy = accuracy[accuracy["dataset"] == dataset]
     rows = {}
     for name, (in_grid, in_costs, settings) in HEADLINE.items():

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from memarc_utils import experiments
+from memarc_utils import experiments, grids
+from memarc_utils.benchmark import StepCase
 from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.experiments import METHODS, Cell, code_of, finished, run_cell, run_grid
 from memarc_utils.grids import GRIDS, main
@@ -59,6 +60,18 @@ def test_a_grid_goes_on_where_it_stopped(few_rows):
     assert all(not finished(other) for other in (cell(seed=2), cell(batch_size=21), cell("lora"), cell(rates=(1e-3, 1e-3, 1e-3))))
 
 
+def test_cells_of_another_bound_are_other_cells(few_rows):
+    assert run_grid([cell(clipping="flat", max_grad_norm=bound) for bound in (1.0, 0.1)]) == 2
+    assert [row["max_grad_norm"] for row in rows_of(few_rows)] == ["1.0", "1.0", "0.1", "0.1"]
+    assert not finished(cell(clipping="flat", max_grad_norm=0.5))
+
+
+def test_a_cell_that_another_process_has_done_is_left(few_rows, monkeypatch):
+    asked = iter([False, True])  # when the grid is looked through, and when the cell's turn has come
+    monkeypatch.setattr(experiments, "finished", lambda cell: next(asked))
+    assert run_grid([cell()]) == 0 and not (few_rows / "grid.csv").exists()
+
+
 def test_a_cell_stopped_between_its_rows_runs_again(few_rows):
     run_grid([cell()])
     path = few_rows / "grid.csv"
@@ -87,6 +100,26 @@ def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
         hashes.append(experiments._syntax("clipping"))
     experiments._syntax.cache_clear()
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_plans_are_compared_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    case = StepCase("lora", "book-keeping", "tiny", batch_size=32, num_tokens=128, threads=1, repeats=1)
+    for _ in range(2):
+        grids.compare_plans([case], "grid")
+    rows = rows_of(tmp_path)
+    assert [row["metric"] for row in rows] == ["planned_peak", "measured_peak"]
+    planned, measured = (float(row["value"]) for row in rows)
+    assert 0.5 < planned / measured < 1.2  # some MB of libraries' own beside 13 MB
+
+
+def test_plans_of_whole_steps_are_recorded_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    for _ in range(2):
+        grids.record_plans(("tiny",), "grid")
+    rows = rows_of(tmp_path)
+    cases = {(json.loads(row["settings"])["case"], json.loads(row["settings"])["fused_attention"]): float(row["value"]) for row in rows}
+    assert len(rows) == len(cases) == 16 and cases["full", True] <= cases["full", False] < cases["full, per-example gradients", False]
 
 
 def test_settings_are_json_and_tell_cells_apart():

@@ -35,7 +35,7 @@ def rebuilt_accuracy():
     values = defaultdict(lambda: defaultdict(dict))
     for row in rows_of("31_classification"):
         target = row["settings"].get("target_epsilon") or math.inf
-        setting = json.dumps(row["settings"], sort_keys=True)
+        setting = json.dumps(row["settings"], sort_keys=True) + row["max_grad_norm"]
         values[row["dataset"], row["method"], target][setting].setdefault(row["metric"], {})[row["seed"]] = float(row["value"])
     found = {}
     for key, settings in values.items():
@@ -91,7 +91,7 @@ def test_settings_that_validate_best_count(tmp_path, monkeypatch):
     rows = [("a", seed, metric, value, setting) for setting, validation, test in ((1, 0.6, 0.9), (2, 0.7, 0.5)) for seed in range(2)
             for metric, value in (("validation_accuracy", validation), ("test_accuracy", test + seed / 100))]
     table = pd.DataFrame([{"dataset": "d", "method": m, "seed": s, "metric": k, "value": v, "trainable_share": 0.1,
-                           "settings": json.dumps({"target_epsilon": 3.0, "x": x})} for m, s, k, v, x in rows])
+                           "max_grad_norm": 1.0, "settings": json.dumps({"target_epsilon": 3.0, "x": x})} for m, s, k, v, x in rows])
     table.to_csv(tmp_path / "31_classification.csv", index=False)
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     found = summary.accuracies().iloc[0]
@@ -99,5 +99,8 @@ def test_settings_that_validate_best_count(tmp_path, monkeypatch):
     assert summary.accuracy_table("d").loc["a", "ε = 3"] == "50.5 ± 0.7 (2)"
     with pytest.raises(ValueError, match="no run on 'e'"):
         summary.accuracy_table("e")
+    monkeypatch.setattr(summary, "step_costs", lambda: None)
+    with pytest.raises(ValueError, match="no run on 'e' is recorded: take one of d"):
+        summary.headline("e")
     with pytest.raises(ValueError, match="nothing is recorded as 'x'"):
         summary.results_of("x")
