@@ -15,45 +15,8 @@ from torch import Tensor
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.data_parallel import rank_and_size
+from memarc_utils.padding import num_tokens, pad_rows
 from memarc_utils.randomness import seed_from_operating_system
-
-# What the padding of a column is filled with; a column that is not named here is padded with 0.
-_PADDING = {"labels": -100}
-
-
-def pad_rows(rows: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Stacks rows to tensors; lists and tensors are padded on the right to the longest row of this micro-batch.
-
-    ``input_ids`` are padded with ``pad_token_id``, ``attention_mask`` and others with 0, ``labels`` with -100; columns that
-    hold text are left out. Rows without an ``attention_mask`` are given one: without it a neighbour's length would be seen.
-
-    >>> pad_rows([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [8], "labels": 0}])
-    {'input_ids': tensor([[5, 6],
-            [8, 0]]), 'labels': tensor([1, 0]), 'attention_mask': tensor([[1, 1],
-            [1, 0]])}
-    """
-    if isinstance(rows[0].get("input_ids"), (list, tuple)) and "attention_mask" not in rows[0]:
-        rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    batch = {}
-    for name, first in rows[0].items():
-        if isinstance(first, (int, float, bool)):
-            batch[name] = torch.tensor([row[name] for row in rows])
-        elif isinstance(first, Tensor):
-            batch[name] = _stacked([row[name] for row in rows])
-        elif isinstance(first, (list, tuple)):
-            fill = pad_token_id if name == "input_ids" else _PADDING.get(name, 0)
-            longest = max(len(row[name]) for row in rows)
-            batch[name] = torch.tensor([list(row[name]) + [fill] * (longest - len(row[name])) for row in rows])
-    return batch
-
-
-def _stacked(tensors: list[Tensor]) -> Tensor:
-    """Tensors of one shape are stacked; those of several lengths (tokens first) are padded with zeros to the longest."""
-    longest = max(t.shape[0] if t.dim() else 0 for t in tensors)
-    if any(t.dim() and t.shape[0] < longest for t in tensors):
-        tensors = [torch.cat([t, t.new_zeros(longest - t.shape[0], *t.shape[1:])]) for t in tensors]
-    return torch.stack(tensors)
-
 
 def _rows(dataset, indices: list[int]) -> list[dict[str, Any]]:
     if indices and hasattr(dataset, "column_names"):  # a datasets.Dataset reads many rows at once faster than one by one
@@ -68,7 +31,7 @@ class LogicalBatch:
     def __init__(self, dataset, indices: list[int], physical_batch_size: int, collate: Callable) -> None:
         self.indices = indices
         self._dataset, self._physical, self._collate = dataset, physical_batch_size, collate
-        self._used = False
+        self._used = self._whole = False
 
     def __len__(self) -> int:
         """Number of examples (private: the plan's expected batch size is the public number)."""
@@ -80,8 +43,8 @@ class LogicalBatch:
                              "micro-batches with list(batch) if you need to look at them again")
         self._used = True
         rows = _rows(self._dataset, self.indices)
-        if rows and isinstance(rows[0], dict) and isinstance(rows[0].get("input_ids"), (list, tuple)):
-            rows.sort(key=lambda row: len(row["input_ids"]))  # rows of like length together: less padding to compute
+        if rows and isinstance(rows[0], dict) and num_tokens(rows[0]) is not None:
+            rows.sort(key=num_tokens)  # rows of like length together: less padding to compute
         for start in range(0, len(rows), self._physical):
             some = rows[start:start + self._physical]
             micro_batch = self._collate(some)
@@ -92,6 +55,16 @@ class LogicalBatch:
                 raise ValueError(f"collate made tensors of shapes {shapes} of {len(some)} examples: give one row an example, or each "
                                  "of an example's rows would be clipped by itself and it would count several times")
             yield micro_batch
+        self._whole = True
+
+    def give_up(self) -> None:
+        """Says that a batch left half way was forgotten (``private.zero_grad()``) and shall not be finished."""
+        self._whole = True
+
+    @property
+    def half_done(self) -> bool:
+        """Some of its micro-batches were handed out and some were not."""
+        return self._used and not self._whole
 
 
 class _Batches:
@@ -127,7 +100,11 @@ class _Batches:
             rank, size = rank_and_size()
             indices = [i for i in self._draw() if i % size == rank]
             self.steps_drawn += 1
-            yield LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
+            batch = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
+            yield batch
+            if batch.half_done:
+                raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go through "
+                                 "all of its micro-batches, or forget them with private.zero_grad() and say so with batch.give_up()")
 
 
 class PoissonBatches(_Batches):
@@ -168,7 +145,9 @@ def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str) 
                          f"Use {mend}, or plan.with_sampling({sampling!r}) whose ε is that of {sampling} batches")
     if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a whole number >= 1, got {physical_batch_size!r}")
-    if abs(len(dataset) - plan.dataset_size) > max(1, plan.dataset_size // 100):
+    # Poisson sampling knows q alone. A shuffled plan counts how often an example comes, and a smaller data set comes round sooner.
+    slack = max(1, plan.dataset_size // 100)
+    if not -slack * (sampling == "poisson") <= len(dataset) - plan.dataset_size <= slack:
         raise ValueError(f"the plan is for {plan.dataset_size} examples, the data set has {len(dataset)}: make the plan with "
                          "the (public) size of this data set")
 
@@ -183,7 +162,7 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
         physical_batch_size: at most so many examples go through the model at once; changes memory, never the result.
         collate: rows to micro-batch; `pad_rows` by default. One row in, one row out: several rows made of one example
             (windows, augmentations) would be clipped as so many examples.
-        pad_token_id: for the default collate.
+        pad_token_id: for the default collate: the model's (``model.config.pad_token_id``), where its head looks for the last real token.
         generator: seeded by the operating system if None. Give one for checks only.
 
     Returns:

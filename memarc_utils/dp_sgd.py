@@ -203,18 +203,32 @@ class PrivateOptimizer:
     def state_dict(self, sampler=None) -> dict:
         """Everything a resume needs; loads with ``torch.load(..., weights_only=True)``. Take it between two steps.
 
+        It is as private as the data: it holds the state of the noise to come, and who has that can take the noise off. Resume it once,
+        with nothing changed: two runs from one state draw the same noise, and the difference of what they release has none.
+
         Args:
             sampler: the batches being iterated, so that the resumed run draws on where this one stopped.
         """
         if self.sampler.sums:
             raise ValueError("a batch is half done: take the state after private.step()")
+        self._check_sampler(sampler)
         if sampler is not None and sampler.steps_drawn != self.steps_taken:
             raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every batch, the "
                              "empty ones too, needs its private.step() before the state is taken")
-        return {"plan": self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1], "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "noise_generator": self.noise_generator.get_state(),
+        return {"plan": self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1],
+                "model": _cloned(self.model.state_dict()), "optimizer": _cloned(self.optimizer.state_dict()),
+                "noise_generator": self.noise_generator.get_state(), "dropout": torch.get_rng_state(),
                 "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "sampler": None if sampler is None else sampler.state_dict()}
+
+    def _check_sampler(self, sampler) -> None:
+        """The batches are those that the plan pays for, and those of a shuffled plan are known at a resume."""
+        if sampler is not None and sampler.plan != self.plan:
+            raise ValueError("the batches were made with another plan than this optimizer: its ε would be that of other batches. Make both "
+                             "with one plan, poisson_batches(dataset, private.plan)")
+        if sampler is None and self.plan.sampling == "shuffled":
+            raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order and "
+                             "some examples come twice")
 
     def load_state_dict(self, state: dict, sampler=None) -> None:
         """Goes on where `state_dict` was taken: no noise is repeated or skipped, ε counts on.
@@ -223,8 +237,13 @@ class PrivateOptimizer:
         generator is then seeded anew by the operating system (unless you gave it, for checks).
 
         Raises:
-            ValueError: the state belongs to another plan, clipping function, or was saved without a sampler.
+            ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
+                steps, which going back would leave out of ε while their noise would be drawn again.
         """
+        if self.steps_taken:
+            raise ValueError(f"{self.steps_taken} steps were taken, and going back to a state does not give their ε back: load it into a new "
+                             "make_private(...) to resume a run that ended; to try again, make a plan of its own and count both")
+        self._check_sampler(sampler)
         kept = ("clipping", "noise", "ranks")
         mine = {**self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1]}
         theirs = {**state["plan"], **{name: state.get(name) for name in kept}}
@@ -241,9 +260,20 @@ class PrivateOptimizer:
             self.noise_generator.set_state(state["noise_generator"])
         else:
             seed_from_operating_system(self.noise_generator)
+        if "dropout" in state:
+            torch.set_rng_state(state["dropout"])  # masks go on, too: a resumed run repeats nothing and releases what the first would have
         self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])
+
+
+def _cloned(state):
+    """A state that later steps do not write into."""
+    if isinstance(state, Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: _cloned(value) for key, value in state.items()}
+    return [_cloned(value) for value in state] if isinstance(state, list) else state
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from memarc_utils.backbones import REPOSITORY
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.side_network import SideNetwork
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_PER_SHARD = 4096
+_TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")  # what a row's features depend on
 
 
 def side_of(model: nn.Module) -> SideNetwork:
@@ -57,7 +59,7 @@ class CachedFeatures:
     def __init__(self, dataset, folder: Path) -> None:
         self.dataset, self.folder = dataset, folder
         described = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
-        self._starts = np.load(folder / "starts.npy")
+        self._starts, self._sums = np.load(folder / "starts.npy"), np.load(folder / "sums.npy")
         self._shards: list[tuple[np.ndarray, np.ndarray]] = []
         for number in range(described["shards"]):
             taps = np.memmap(folder / f"taps_{number:04}.bin", np.int16, "r").reshape(-1, described["taps"] * described["width"])
@@ -72,9 +74,13 @@ class CachedFeatures:
         first = number * _ROWS_PER_SHARD
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
+        row = self.dataset[i]
+        if _checksum(row) != self._sums[i]:
+            raise ValueError(f"row {i} has other tokens than when its features were computed: call cache_features again, or what was taken out of "
+                             "the data set would still be trained on")
         start, end = self._starts[i] - self._starts[first], self._starts[i + 1] - self._starts[first]
         taps, final = (torch.from_numpy(np.array(part[start:end])) for part in self._shards[number])
-        return {**self.dataset[i], "inputs_embeds": torch.cat([taps.view(torch.bfloat16).float(), final], 1)}
+        return {**row, "inputs_embeds": torch.cat([taps.view(torch.bfloat16).float(), final], 1)}
 
 
 def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str | Path | None = None,
@@ -98,6 +104,8 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there are no features to keep")
     lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    if padded := [i for i in range(len(dataset)) if not all(dataset[i].get("attention_mask", ()))]:
+        raise ValueError(f"row {padded[0]} is padded (its attention_mask has zeros): give rows without padding, it is added for each batch")
     parent = Path(folder) if folder is not None else REPOSITORY / "build" / "features"
     place = parent / _key(side, dataset)
     if not (place / "complete.json").is_file():
@@ -111,6 +119,7 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
             if not (place / f"final_{number:04}.bin").is_file():
                 _write_shard(model, side, dataset, range(start, min(start + _ROWS_PER_SHARD, len(dataset))), batch_size, place, number)
         np.save(place / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]))
+        np.save(place / "sums.npy", np.array([_checksum(dataset[i]) for i in range(len(dataset))], dtype=np.uint32))
         _put(place / "complete.json", json.dumps({"shards": len(shards), "taps": len(side.taps), "width": side.tapped_width,
                                                   "final": side.width}).encode())
     return CachedFeatures(dataset, place)
@@ -124,8 +133,8 @@ def _write_shard(model, side: SideNetwork, dataset, rows: range, batch_size: int
     order = sorted(rows, key=lambda i: len(dataset[i]["input_ids"]))  # rows of like length together: less padding
     for start in range(0, len(order), batch_size):
         some = order[start:start + batch_size]
-        batch = pad_rows([{"input_ids": list(dataset[i]["input_ids"])} for i in some], pad)
-        tapped, last = side.cacheable_features(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+        batch = pad_rows([{name: list(dataset[i][name]) for name in _TOKEN_COLUMNS if name in dataset[i]} for i in some], pad)
+        tapped, last = side.cacheable_features(**{name: t.to(device) for name, t in batch.items()})
         for row, i in enumerate(some):
             length = len(dataset[i]["input_ids"])
             taps[i], final[i] = tapped[row, :length].flatten(1).bfloat16().cpu(), last[row, :length].float().cpu()
@@ -150,5 +159,14 @@ def _key(side: SideNetwork, dataset) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim()
                       else str(tensor.item()).encode())
     for i in range(len(dataset)):
-        digest.update(np.asarray(dataset[i]["input_ids"], dtype=np.int64).tobytes() + b";")
+        digest.update(_tokens_of(dataset[i]))
     return digest.hexdigest()[:24]
+
+
+def _tokens_of(row: dict) -> bytes:
+    """A row's tokens, and what else the backbone reads of it."""
+    return b";".join(name.encode() + np.asarray(row[name], dtype=np.int64).tobytes() for name in _TOKEN_COLUMNS if name in row) + b"\n"
+
+
+def _checksum(row: dict) -> int:
+    return zlib.crc32(_tokens_of(row))

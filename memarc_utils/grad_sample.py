@@ -21,6 +21,7 @@ from memarc_utils.book_keeping import BOOKKEEPINGS, Grams, HeldGradient, accumul
 from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
 from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner
+from memarc_utils.padding import check_padding
 from memarc_utils.probe import Probe
 
 MODES = ("book_keeping", "per_example")
@@ -154,6 +155,7 @@ class GradSampler:
         self._batch: int | None = None
         self._tokens: int | None = None
         self._counting = True
+        self._model_calls = self._backwards = 0  # of this step
         self._forget_backward()
         self._owners = [module for _, module in owners]
         for module, rule in zip(self._owners, rules):
@@ -186,6 +188,7 @@ class GradSampler:
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
         self.sums, self.foreign_backward, self.half_done = {}, False, False
+        self._model_calls = self._backwards = 0
         self._probe.next_step()
         self._forget_backward()
 
@@ -196,6 +199,8 @@ class GradSampler:
             self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
         self._counting = True
+        self._model_calls += module is self.model
+        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:
@@ -281,6 +286,9 @@ class GradSampler:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
         self.check_parameters()
         self.check_whole()
+        if 0 < self._model_calls <= self._backwards:
+            raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts twice. Add "
+                             "the losses of an example up, losses_a + losses_b, and call private.backward once for each model call")
         self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
         self._finite, self._group_squares = torch.isfinite(losses.detach()), []
         self._finite_losses, device = self._finite, losses.device.type
@@ -299,6 +307,7 @@ class GradSampler:
         finally:
             self._forget_backward()
             self._batch = self._tokens = None
+            self._backwards += 1
 
     @torch.no_grad()
     def _clip_and_add(self, group: int) -> None:

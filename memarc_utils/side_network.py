@@ -168,10 +168,10 @@ class SideNetwork(nn.Module):
                 handle.remove()
         return outputs, features
 
-    def cacheable_features(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[
+    def cacheable_features(self, input_ids: Tensor, attention_mask: Tensor, **kwargs) -> tuple[
             Float[Tensor, "batch tokens taps tapped"], Float[Tensor, "batch tokens width"]]:
         """What the ladder reads of a batch, and the final hidden state that the head reads."""
-        outputs, features = self._run_backbone(input_ids, attention_mask, **({"use_cache": False} if self.causal else {}))
+        outputs, features = self._run_backbone(input_ids, attention_mask, **kwargs, **({"use_cache": False} if self.causal else {}))
         return torch.stack([features[tap] for tap in self.taps], 2), outputs.last_hidden_state
 
     def _collect(self, features: dict[int, Tensor]) -> list:

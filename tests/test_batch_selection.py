@@ -11,6 +11,7 @@ from scipy import stats
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
 from memarc_utils.batch_selection import pad_rows, poisson_batches, shuffled_batches
+from memarc_utils.dp_sgd import make_private
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import causal_lm_losses, classification_losses
 from tests.models import CASE_IDS, CASES, cut, padded_batch, plain_losses, seeded, shake, tiny
@@ -152,7 +153,12 @@ def test_bad_arguments_are_refused(sampler, sampling):
         with pytest.raises(ValueError,
                            match=f"the plan is for 100 examples, the data set has {count}: make the plan with"):
             sampler(Numbers(count), plan)
-    sampler(Numbers(99), plan), sampler(Numbers(101), plan)  # neighbours of the public size
+    sampler(Numbers(101), plan)  # a neighbour of the public size
+    if sampling == "poisson":
+        sampler(Numbers(99), plan)
+    else:  # comes round sooner: the plan's 10 steps an epoch would hold some example twice
+        with pytest.raises(ValueError, match="the data set has 99"):
+            sampler(Numbers(99), plan)
 
 
 @pytest.mark.parametrize("sampler, sampling", [(poisson_batches, "poisson"), (shuffled_batches, "shuffled")])
@@ -247,6 +253,53 @@ def test_padding_of_any_rows(lengths, pad, with_mask):
     assert batch["score"].tolist() == [0.5] * len(rows) and batch["class"].dtype == torch.int64
 
 
+KINDS = {"list": list, "tensor": torch.tensor, "array": np.array}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_holds_the_tokens_changes_nothing(kind):
+    """Tensors and arrays, as datasets.Dataset.with_format gives them, are padded and masked as lists are: a label of 0 would be a target."""
+    rows = [{"input_ids": [7] * n, "labels": [5] * n, "class": n} for n in (2, 5, 3)]
+    want, got = pad_rows(rows, 9), pad_rows([{name: KINDS[kind](v) if isinstance(v, list) else v for name, v in row.items()} for row in rows], 9)
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+    assert want["labels"][0].tolist() == [5, 5, -100, -100, -100] and want["input_ids"][0].tolist() == [7, 7, 9, 9, 9]
+
+
+def test_a_torch_formatted_data_set_is_read_like_a_plain_one():
+    plain = datasets.Dataset.from_list([{"input_ids": [7] * n, "labels": [5] * n} for n in (2, 5, 3)])
+    plan = plan_of(3, 3, num_steps=1, delta=1e-2)
+    (want,), (got,) = ([*next(iter(poisson_batches(data, plan, 3, pad_token_id=9)))] for data in (plain, plain.with_format("torch")))
+    assert all(torch.equal(want[name], got[name]) for name in ("input_ids", "labels", "attention_mask"))
+
+
+@pytest.mark.parametrize("rows, problem", [
+    ([{"input_ids": [1], "token_type_ids": [0]}, {"input_ids": [1]}], "some rows have the column token_type_ids and some do not"),
+    ([{"input_ids": [1], "token_type_ids": None}, {"input_ids": [1], "token_type_ids": [1]}], "token_type_ids is None in 1 of 2 rows"),
+    ([{"input_ids": [1], "target_ids": [1]}, {"input_ids": [1, 2], "target_ids": [1, 2]}], "target_ids has rows of several lengths")])
+def test_rows_whose_reading_depends_on_neighbours_are_refused(rows, problem):
+    with pytest.raises(ValueError, match=problem):
+        pad_rows(rows)
+
+
+def test_a_column_of_ones_own_is_padded_as_said():
+    rows = [{"input_ids": [1] * n, "target_ids": [1] * n} for n in (1, 2)]
+    assert pad_rows(rows, padding={"target_ids": -100})["target_ids"].tolist() == [[1, -100], [1, 1]]
+
+
+def test_a_batch_left_half_way_is_remembered():
+    plan = plan_of(40, 40, num_steps=3, delta=1e-3)
+    batches = iter(poisson_batches(Numbers(40), plan, 16))
+    first = next(batches)
+    next(iter(first))
+    with pytest.raises(ValueError, match="the last batch was left half way"):
+        next(batches)
+    batches = iter(poisson_batches(Numbers(40), plan, 16))
+    first = next(batches)
+    next(iter(first))
+    first.give_up()
+    assert len(next(batches)) == 40
+
+
 def test_padding_of_tensors_and_texts():
     rows = [{"features": torch.ones(3, 2), "text": "a"}, {"features": torch.zeros(3, 2), "text": "b"}]
     assert {name: t.shape for name, t in pad_rows(rows).items()} == {"features": (2, 3, 2)}
@@ -287,3 +340,13 @@ def test_padding_with_another_models_token_is_what_the_test_above_would_notice()
     with torch.no_grad():
         right, wrong = (classification_losses(model, pad_rows(rows, pad)) for pad in (model.config.pad_token_id, 4))
     assert abs(float(right[0] - wrong[0])) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_another_models_pad_token_is_refused_in_private_training(family):
+    model = shake(tiny(family))
+    rows = [{"input_ids": list(range(5, 5 + n)), "labels": n % 2} for n in (3, 9)]
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan_of(10, 2, delta=1e-2))
+    private.backward(classification_losses(model, pad_rows(rows, model.config.pad_token_id)))
+    with pytest.raises(ValueError, match=rf"reads the last token that is not the pad token {model.config.pad_token_id}, .* holds 4"):
+        private.backward(classification_losses(model, pad_rows(rows, 4)))

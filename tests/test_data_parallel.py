@@ -122,6 +122,8 @@ def resume(rank):
     private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), PLAN)
     private.step()
     state = private.state_dict()
+    model = private.detach()
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.5), PLAN)
     private.load_state_dict(state)
     private.step()
     return state

@@ -6,6 +6,7 @@ Traps, each met in a published system: 1 unwrapped loss, 2 shared weights, 4 noi
 """
 
 import copy
+import dataclasses
 import io
 import math
 
@@ -770,8 +771,29 @@ def test_stale_and_repeated_graphs_are_refused_by_torch():
     assert private.clipped_sum() == {}
     losses = squares(model, x_of(4))
     private.backward(losses)
-    with pytest.raises(RuntimeError, match="a second time"):
+    with pytest.raises(ValueError, match="private.backward came again without a model call before it"):
         private.backward(losses)
+
+
+def test_two_losses_of_one_model_call_are_refused():
+    """Two heads on a frozen body: each backward by itself is bounded by C, the example by 2 C."""
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.first, self.second = linear().requires_grad_(False), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.body(x)
+            return [head(h).square().sum(1) for head in (self.first, self.second)]
+
+    private = private_sgd(model := TwoHeads())
+    first, second = model(x_of(4))
+    private.backward(first)
+    with pytest.raises(ValueError, match="losses_a [+] losses_b"):
+        private.backward(second)
+    private.zero_grad()
+    private.backward(sum(model(x_of(4))))
+    private.step()
 
 
 def test_swapped_parameters_are_refused():
@@ -904,6 +926,28 @@ def test_untrained_parameters_are_looked_for_again_after_a_resume():
     private.load_state_dict(state, batches)
     run(model, private, batches, 1)
     assert private.steps_taken == 3
+
+
+def test_going_back_to_a_state_is_refused():
+    """It would forget the steps since, whose ε is spent, and draw their noise again on other sums."""
+    model, private, batches = session(seed=1)
+    run(model, private, batches, 1)
+    state = private.state_dict(batches)
+    kept = {name: tensor.clone() for name, tensor in state["model"].items()}
+    run(model, private, batches, 2)
+    assert all(torch.equal(state["model"][name], kept[name]) for name in kept)  # later steps do not write into it
+    with pytest.raises(ValueError, match="3 steps were taken, and going back to a state does not give their ε back"):
+        private.load_state_dict(state, batches)
+
+
+def test_batches_of_another_plan_are_refused():
+    model, private, _ = session(seed=1)
+    other = poisson_batches(range(private.plan.dataset_size), dataclasses.replace(private.plan, noise_multiplier=9.0))
+    with pytest.raises(ValueError, match="the batches were made with another plan"):
+        private.state_dict(other)
+    shuffled = private_sgd(linear(), private.plan.with_sampling("shuffled"))
+    with pytest.raises(ValueError, match="a shuffled plan pays for every example once an epoch"):
+        shuffled.state_dict()
 
 
 def test_states_that_do_not_fit_are_refused():

@@ -48,6 +48,28 @@ def test_the_same_losses_and_gradients_without_the_backbone(number, tmp_path):
     assert len(cached) == len(plain) == 11
 
 
+def test_the_second_text_of_a_pair_is_read_as_such(tmp_path):
+    """Types of tokens belong to the features and to the cache's name."""
+    model, rows = model_of(), list(Rows())
+    pairs = [{**row, "token_type_ids": [0, 0] + [1] * (len(row["input_ids"]) - 2)} for row in rows]
+    cached = cache_features(model, pairs, batch_size=4, folder=tmp_path)
+    other = cache_features(model, [{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in rows], batch_size=4, folder=tmp_path)
+    want, got, wrong = (losses(model, [rows[i] for i in range(11)]) for rows in (pairs, cached, other))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * float(want.detach().mean()))
+    assert cached.folder != other.folder and not torch.allclose(wrong, want, rtol=0, atol=3e-3 * float(want.detach().mean()))
+
+
+def test_features_of_a_row_that_was_replaced_are_not_given_out(tmp_path):
+    rows = Rows()
+    cached = cache_features(model_of(), rows, folder=tmp_path)
+    cached[3]
+    rows[3] = {**rows[3], "input_ids": rows[3]["input_ids"][::-1]}
+    with pytest.raises(ValueError, match="row 3 has other tokens than when its features were computed"):
+        cached[3]
+    with pytest.raises(ValueError, match="row 0 is padded"):
+        cache_features(model_of(), [{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0], "labels": 0}], folder=tmp_path)
+
+
 def test_the_start_is_exact(tmp_path):
     """The final states stay in float32: before training the cached model gives the pre-trained logits, bit for bit but for the
     padding's effect on the order of sums."""

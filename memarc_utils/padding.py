@@ -1,0 +1,107 @@
+"""Rows of several lengths as one tensor, so that no neighbour in a micro-batch changes what an example's loss is.
+
+Padding is to the right, with a mask. What it is filled with matters: a label of 0 is a target, a token that is not the model's
+own pad token moves the last real token of a decoder's classification head. Either would let one example's length move the
+gradients of others, past any clipping.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memarc_utils.book_keeping import holds_data
+
+# What the padding of a column is filled with, beside input_ids. A column that is not named here must have rows of one length.
+_PADDING = {"labels": -100, "special_tokens_mask": 1,
+            **dict.fromkeys(("attention_mask", "token_type_ids", "position_ids", "inputs_embeds"), 0)}
+
+
+def _is_sequence(value: Any) -> bool:
+    """A list, or an array or tensor with an axis."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+
+
+def num_tokens(row: Mapping[str, Any]) -> int | None:
+    """T of a row: the length of its ``input_ids``, else of its ``inputs_embeds``; None where it has neither."""
+    for name in ("input_ids", "inputs_embeds"):
+        if _is_sequence(row.get(name)):
+            return len(row[name])
+    return None
+
+
+def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0, padding: Mapping[str, int | float] | None = None) -> dict[str, Tensor]:
+    """Stacks rows to tensors; lists, arrays and tensors are padded on the right to the longest row of this micro-batch.
+
+    ``input_ids`` are padded with ``pad_token_id``, ``labels`` with -100, masks, types and positions with 0; columns that hold text are
+    left out. Rows without an ``attention_mask`` are given one: without it a neighbour's length would be seen.
+
+    Args:
+        rows: all with the same columns.
+        pad_token_id: ``model.config.pad_token_id``.
+        padding: what other columns are filled with, for instance ``{"target_ids": -100}``: a number that the loss leaves out.
+
+    Raises:
+        ValueError: rows with different columns, a column that some rows lack, or one of several lengths without a known padding.
+
+    >>> pad_rows([{"input_ids": [5, 6], "labels": 1}, {"input_ids": [8], "labels": 0}])
+    {'input_ids': tensor([[5, 6],
+            [8, 0]]), 'labels': tensor([1, 0]), 'attention_mask': tensor([[1, 1],
+            [1, 0]])}
+    """
+    fills = {**_PADDING, "input_ids": pad_token_id, **(padding or {})}
+    if odd := [sorted(row.keys() ^ rows[0].keys()) for row in rows if row.keys() != rows[0].keys()]:
+        raise ValueError(f"some rows have the column {odd[0][0]} and some do not: give it to all or to none, or what an example is read "
+                         "with depends on its neighbours")
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if "attention_mask" not in columns and num_tokens(rows[0]) is not None:
+        columns["attention_mask"] = [[1] * num_tokens(row) for row in rows]
+    batch = {}
+    for name, values in columns.items():
+        missing = sum(value is None for value in values)
+        if 0 < missing < len(values):
+            raise ValueError(f"the column {name} is None in {missing} of {len(values)} rows: fill it in everywhere or leave it out, or what an "
+                             "example is read with depends on its neighbours")
+        if not missing and not _is_text(values[0]):
+            batch[name] = _stacked(name, values, fills)
+    return batch
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, (str, bytes, dict)) or isinstance(value, (list, tuple)) and len(value) > 0 and _is_text(value[0])
+
+
+def _stacked(name: str, values: list, fills: Mapping[str, int | float]) -> Tensor:
+    if not _is_sequence(values[0]):
+        return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
+    longest = max(map(len, values))
+    if all(len(value) == longest for value in values):
+        return torch.tensor([list(v) for v in values]) if isinstance(values[0], (list, tuple)) else torch.stack([torch.as_tensor(v) for v in values])
+    if name not in fills:
+        raise ValueError(f"the column {name} has rows of several lengths, and what its padding shall be is not known: pass "
+                         f"collate=lambda rows: pad_rows(rows, padding={{{name!r}: -100}}), with a number that the loss leaves out")
+    if all(isinstance(value, (list, tuple)) for value in values):
+        return torch.tensor([list(value) + [fills[name]] * (longest - len(value)) for value in values])
+    tensors = [torch.as_tensor(value) for value in values]
+    return torch.stack([torch.cat([t, t.new_full((longest - len(t), *t.shape[1:]), fills[name])]) for t in tensors])
+
+
+def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """For a classifier of decoder type (GPT-2, OPT, Llama: a head called ``score``), which reads the last token that is not
+    ``config.pad_token_id``: padded with another one it would read a position that depends on the longest neighbour.
+
+    Raises:
+        ValueError: a masked position holds another token, or tokens are not given and some positions are masked.
+    """
+    pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+    if pad is None or not isinstance(getattr(module, "score", None), nn.Module):
+        return
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or not holds_data(attention_mask):
+        return
+    masked = attention_mask == 0
+    wrong = masked if input_ids is None else masked & (input_ids != pad) if input_ids.shape == masked.shape else None
+    if wrong is not None and bool(wrong.any()):
+        raise ValueError(f"{type(module).__name__} reads the last token that is not the pad token {pad}, and a masked position holds "
+                         f"{'no token (inputs_embeds alone)' if input_ids is None else int(input_ids[wrong][0])}: what an example is classified "
+                         f"by would depend on its longest neighbour. Pad with pad_token_id={pad} (model.config.pad_token_id)")
