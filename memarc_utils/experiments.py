@@ -7,13 +7,14 @@ made for the same setting. `grids` lists the cells and has the command.
 
 import ast
 import csv
+import datetime
 import functools
 import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from memarc_utils.summary import RESULTS
+from memarc_utils.summary import RESULTS, canonical_code
 
 _SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_keeping", "clipping", "data", "dp_sgd", "grad_sample",
                 "layer_rules", "randomness", "training")
@@ -112,6 +113,7 @@ class Cell:
         side: settings of `SideNetworkConfig`, instead of the method's own; for ``side-cached`` alone.
         num_train: trains on so many examples, drawn at random (seed 0, the same ones for every cell); None takes all.
         num_test: validates and tests on so many each, likewise.
+        without_noise: the steps and the clipping of a private run with σ = 0: no privacy (ε = ∞), to see what noise alone costs.
         autocast: computes in bfloat16 where autocast does, about 1.5 times faster on the CPUs that have it; for methods that run
             the backbone.
     """
@@ -131,6 +133,7 @@ class Cell:
     side: dict | None = None
     num_train: int | None = None
     num_test: int | None = None
+    without_noise: bool = False
     autocast: bool = False
 
     def __post_init__(self) -> None:
@@ -166,7 +169,7 @@ class Cell:
         method = METHODS[self.method]
         budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
         rates = self.rates or (method.private_rates if private else method.rates)
-        chosen = {"side": self.side, "num_train": self.num_train, "num_test": self.num_test, "autocast": self.autocast or None}
+        chosen = {"without_noise": self.without_noise or None, "side": self.side, "num_train": self.num_train, "num_test": self.num_test, "autocast": self.autocast or None}
         return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
                 "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method),
                 **{name: value for name, value in chosen.items() if value is not None}}
@@ -221,6 +224,7 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     if math.isfinite(cell.epsilon):
         plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
                                         expected_batch_size=cell.batch_size, max_grad_norm=cell.max_grad_norm)
+        plan = replace(plan, noise_multiplier=0.0) if cell.without_noise else plan
         sampling, noise = (torch.Generator(place).manual_seed(1000 + cell.seed) for place in ("cpu", device))
         training.train_privately(model, rows["train"], plan, optimizer, losses, clipping=cell.clipping, physical_batch_size=64,
                                  sampling_generator=sampling, noise_generator=noise, description=cell.method)
@@ -230,6 +234,12 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
                                        generator=torch.Generator().manual_seed(cell.seed))
     with autocast():
         return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}
+
+
+def majority_share(cell: Cell) -> float:
+    """Share of the largest class among the cell's test examples: what a model reaches that has learned nothing."""
+    labels = [row["labels"] for row in _some(_data(cell.dataset, cell.max_tokens)["test"], cell.num_test)]
+    return max(map(labels.count, set(labels))) / len(labels)
 
 
 def _some(rows: list[dict], count: int | None) -> list[dict]:
@@ -255,7 +265,7 @@ def rows_of(cell: Cell) -> Iterator[tuple[dict, bool]]:
                 if {**have, "code": ""} != {**wanted, "code": ""}:
                     continue
                 if not math.isfinite(cell.epsilon) or float(row["max_grad_norm"]) == cell.max_grad_norm:
-                    yield row, have["code"] == wanted["code"]
+                    yield row, canonical_code(cell.method, have["code"]) == canonical_code(cell.method, wanted["code"])
 
 
 def finished(cell: Cell) -> bool:
@@ -269,9 +279,43 @@ def finished(cell: Cell) -> bool:
         if not same_code:
             theirs, ours = json.loads(row["settings"])["code"], cell.settings()["code"]
             raise ValueError(f"{table_of(cell.experiment).name} has rows of {cell.method} on {cell.dataset} that other code made ({theirs}, "
-                             f"now {ours}): move them away, or check out the code that made them (commit {row['commit']})")
+                             f"now {ours}). If today's code changes no number, show it: python -m memarc_utils.grids recheck {cell.dataset} "
+                             f"{cell.method}; else move them away, or check out the code that made them (commit {row['commit']})")
         found = found or (row["seed"] == str(cell.seed) and row["metric"] == _LAST_METRIC)
     return found
+
+
+def recheck(cell: Cell) -> bool:
+    """Runs a recorded cell again. If both accuracies come out equal to the last digit, ``data/results/same_results.json`` says so, and rows
+    of the older code count as rows of today's for this method (`summary.canonical_code`).
+
+    Returns:
+        False if the cell's row is of today's code, or of code known to be the same: nothing was run.
+
+    Raises:
+        ValueError: the cell has no row, or the numbers differ.
+    """
+    wanted, recorded = cell.settings()["code"], {}
+    for row, same_code in rows_of(cell):
+        if row["seed"] == str(cell.seed):
+            recorded.setdefault(json.loads(row["settings"])["code"], {"same": same_code})[row["metric"]] = float(row["value"])
+    if not recorded:
+        raise ValueError(f"{cell.method} on {cell.dataset} with seed {cell.seed} has no row to compare with: run the grid")
+    others = {code: values for code, values in recorded.items() if not values.pop("same")}
+    if not others:
+        return False
+    found = run_cell(cell)
+    for code, values in others.items():
+        again = {metric: found[metric] for metric in values}
+        if again != values:
+            raise ValueError(f"{cell.method} on {cell.dataset}: {values} by code {code}, {again} today. The rows are of another method now: move "
+                             f"them out of {table_of(cell.experiment).name} and run the grid anew")
+        path = RESULTS / "same_results.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        known.append({"method": cell.method, "dataset": cell.dataset, "seed": cell.seed, "target_epsilon": cell.settings()["target_epsilon"],
+                      "old": canonical_code(cell.method, code), "new": wanted, **again, "date": datetime.date.today().isoformat()})
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    return True
 
 
 def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:

@@ -3,7 +3,8 @@
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
 every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
 of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
-measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models.
+measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again after
+the code changed: if its numbers are the same, the rows go on counting.
 """
 
 import csv
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from memarc_utils.benchmark import StepCase, measure_cases
-from memarc_utils.experiments import METHODS, Cell, run_grid, table_of
+from memarc_utils.experiments import METHODS, Cell, recheck, rows_of, run_grid, table_of
 from memarc_utils.methods import METHODS as PLANNED_METHODS
 from memarc_utils.planning import plan_memory
 from memarc_utils.recording import append_result
@@ -151,11 +152,22 @@ def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), expe
                       device="cpu", trainable_share=None, settings=settings, **nothing)
 
 
+def _recheck(dataset: str = "", method: str = "") -> None:
+    """One recorded cell of a method again, by today's code."""
+    cells = [cell for cell in GRIDS.get(dataset, list)() if cell.method == method and any(row["seed"] == str(cell.seed) for row, _ in rows_of(cell))]
+    if not cells:
+        raise SystemExit(f"nothing is recorded of method {method!r} on data {dataset!r}: write recheck film_reviews lora, for instance")
+    print("the same numbers by today's code" if recheck(cells[0]) else "the rows are of today's code already")
+
+
 def main(arguments: list[str]) -> None:
     names = arguments or list(GRIDS)
     alone = {"steps": lambda: measure_steps(_step_cases()), "planner": lambda: compare_plans(_planner_cases()), "plans": record_plans}
     if len(names) == 1 and names[0] in alone:
         alone[names[0]]()
+        return
+    if names[0] == "recheck":
+        _recheck(*names[1:])
         return
     if unknown := [name for name in names if name not in GRIDS]:
         raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, to measure "

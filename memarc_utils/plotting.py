@@ -4,6 +4,7 @@ Each chart takes a plain table (a DataFrame with one row a method) and returns i
 it. Figures come out as PNG at moderate size. The sentence below a figure becomes its alt text when it is refreshed.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ METHOD_STYLE = {
     "reversible": Style("#009E73", "v", "reversible"),
     "zeroth-order": Style("#6A4C93", "h", "zeroth order"),
 }
+_SAME = {"rev-lora": "reversible", "probe": "linear-probe"}  # other names in the tables of results
 
 
 def set_theme() -> None:
@@ -52,9 +54,22 @@ def style(method: str) -> Style:
     Raises:
         ValueError: a method that has no style.
     """
+    method = _SAME.get(method, method)
     if method not in METHOD_STYLE:
         raise ValueError(f"there is no style for method {method!r}; the methods are {', '.join(METHOD_STYLE)}")
     return METHOD_STYLE[method]
+
+
+def label(method: str) -> str:
+    """A method's name for readers; a variant stands in brackets, and what has no style keeps its key.
+
+    >>> label("rev-lora"), label("side-cached mlp"), label("something else")
+    ('reversible', 'side network, cached (mlp)', 'something else')
+    """
+    base, _, variant = method.partition(" ")
+    if _SAME.get(base, base) not in METHOD_STYLE:
+        return method
+    return style(base).label + (f" ({variant})" if variant else "")
 
 
 def method_palette() -> dict[str, str]:
@@ -75,6 +90,7 @@ def plot_memory_against_accuracy(
     memory: str = "peak_memory_mb",
     accuracy: str = "accuracy",
     accuracy_std: str | None = None,
+    num_runs: str | None = None,
     axes: Axes | None = None,
 ) -> Axes:
     """Accuracy of each method over the memory it needs: up and to the left is better.
@@ -84,25 +100,30 @@ def plot_memory_against_accuracy(
         memory: column of the peak memory above the loaded model, in MB (drawn on a logarithmic axis).
         accuracy: column of the test accuracy, between 0 and 1 (mean over seeds).
         accuracy_std: column of its standard deviation over seeds, drawn as a bar.
+        num_runs: column of the number of seeds; fewer than 3 are drawn hollow.
         axes: where to draw; a new figure when left out.
 
     Raises:
         ValueError: a missing column, an empty table, an unknown method.
     """
-    _checked(table, ["method", memory, accuracy] + ([accuracy_std] if accuracy_std else []))
+    _checked(table, ["method", memory, accuracy, *filter(None, (accuracy_std, num_runs))])
     axes = plt.subplots()[1] if axes is None else axes
-    for _, row in table.iterrows():
-        look = style(row["method"])
+    placed: list[tuple[float, float]] = []
+    near = 0.12 * max(1.0, 100 * (table[accuracy].max() - table[accuracy].min()))
+    for _, row in table.sort_values(accuracy, ascending=False).iterrows():
+        look, at = style(row["method"]), (row[memory], 100 * row[accuracy])
         axes.errorbar(
-            row[memory],
-            100 * row[accuracy],
+            *at,
             yerr=100 * row[accuracy_std] if accuracy_std else None,
             fmt=look.marker,
             color=look.color,
             markersize=11,
             capsize=4,
+            fillstyle="none" if num_runs and row[num_runs] < 3 else "full",
         )
-        axes.annotate(look.label, (row[memory], 100 * row[accuracy]), xytext=(10, 6), textcoords="offset points")
+        crowded = any(abs(math.log(at[0] / x)) < 0.5 and abs(at[1] - y) < near for x, y in placed)
+        axes.annotate(look.label, at, xytext=(-10, -16) if crowded else (10, 6), textcoords="offset points", ha="right" if crowded else "left")
+        placed.append(at)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

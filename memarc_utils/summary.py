@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from memarc_utils.plotting import label
+
 # Pairs of data and backbone where the backbone's public training saw the data: no private data for it (its model card).
 CONTAMINATED = {"mnli": "all-MiniLM-L6-v2", "qnli": "all-MiniLM-L6-v2", "qqp": "all-MiniLM-L6-v2"}
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
@@ -23,6 +25,17 @@ HEADLINE = {
 }
 
 
+def canonical_code(method: str, code: str) -> str:
+    """The newest code known to give a method the very same numbers as this one: ``data/results/same_results.json`` lists recorded cells
+    that were run again (`experiments.recheck`) with other code and came out equal to the last digit."""
+    path = RESULTS / "same_results.json"
+    rechecked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    newer = {row["old"]: row["new"] for row in rechecked if row["method"] == method}
+    while code in newer:
+        code = newer.pop(code)
+    return code
+
+
 def results_of(experiment: str) -> pd.DataFrame:
     """The rows of ``data/results/<experiment>.csv``, with a column ``settings`` of dictionaries.
 
@@ -34,7 +47,11 @@ def results_of(experiment: str) -> pd.DataFrame:
         known = ", ".join(sorted(file.stem for file in RESULTS.glob("*.csv")))
         raise ValueError(f"nothing is recorded as {experiment!r}: take one of {known}, or record it first")
     table = pd.read_csv(path)
-    return table.assign(settings=table["settings"].map(json.loads))
+    settings = table["settings"].map(json.loads)
+    for method, each in zip(table["method"], settings):
+        if "code" in each:
+            each["code"] = canonical_code(method, each["code"])
+    return table.assign(settings=settings)
 
 
 def accuracies(experiment: str = "31_classification") -> pd.DataFrame:
@@ -64,7 +81,7 @@ def accuracy_table(dataset: str, experiment: str = "31_classification") -> pd.Da
     table = table[table["dataset"] == dataset]
     if table.empty:
         raise ValueError(f"no run on {dataset!r} is recorded in {experiment}: run its grid first (make experiments)")
-    wide = {method: {_title(row.epsilon): _cell(row) for row in rows.itertuples()} for method, rows in table.groupby("method", sort=False)}
+    wide = {label(method): {_title(row.epsilon): _cell(row) for row in rows.itertuples()} for method, rows in table.groupby("method", sort=False)}
     return pd.DataFrame.from_dict(wide, orient="index", columns=[_title(e) for e in EPSILONS]).fillna("").rename_axis("method")
 
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from memarc_utils import experiments, grids
+from memarc_utils import experiments, grids, summary
 from memarc_utils.benchmark import StepCase
 from memarc_utils.data import load_text_dataset, tokenize_dataset
-from memarc_utils.experiments import METHODS, Cell, code_of, finished, run_cell, run_grid
+from memarc_utils.experiments import METHODS, Cell, code_of, finished, recheck, run_cell, run_grid
 from memarc_utils.grids import GRIDS, main
 
 
@@ -86,6 +86,40 @@ def test_rows_of_other_code_are_not_added_to(few_rows):
     with pytest.raises(ValueError, match="rows of linear-probe on film_reviews that other code made .0123456789ab, now"):
         run_grid([cell(seed=1)])
     assert len(rows_of(few_rows)) == 2
+
+
+def test_a_recorded_cell_that_comes_out_equal_makes_its_code_count(few_rows, monkeypatch):
+    monkeypatch.setattr(summary, "RESULTS", few_rows)
+    run_grid([cell()])
+    path, today = few_rows / "grid.csv", code_of(METHODS["linear-probe"])
+    assert not recheck(cell())  # today's code: nothing to show
+    recorded = path.read_text(encoding="utf-8")
+    path.write_text(recorded.replace(today, "0123456789ab"), encoding="utf-8")
+    assert recheck(cell()) and not recheck(cell())
+    assert summary.canonical_code("linear-probe", "0123456789ab") == today != summary.canonical_code("lora", "0123456789ab")
+    run_grid([cell(), cell(seed=1)])
+    table = summary.results_of("grid")
+    assert len(table) == 4 and {settings["code"] for settings in table["settings"]} == {today}
+
+
+def test_a_recorded_cell_that_comes_out_otherwise_is_told(few_rows, monkeypatch):
+    monkeypatch.setattr(summary, "RESULTS", few_rows)
+    run_grid([cell()])
+    path = few_rows / "grid.csv"
+    with open(path, encoding="utf-8", newline="") as file:
+        value = next(row["value"] for row in csv.DictReader(file) if row["metric"] == "test_accuracy")
+    text = path.read_text(encoding="utf-8").replace(code_of(METHODS["linear-probe"]), "0123456789ab")
+    path.write_text(text.replace(value, "0.123"), encoding="utf-8")
+    with pytest.raises(ValueError, match="The rows are of another method now"):
+        recheck(cell())
+    with pytest.raises(ValueError, match="has no row to compare with"):
+        recheck(cell(seed=5))
+
+
+def test_a_cell_without_noise_is_the_private_one_with_sigma_zero(few_rows):
+    noisy, bare = run_cell(cell()), run_cell(cell(without_noise=True))
+    assert bare["sigma"] == 0 and math.isinf(bare["epsilon"]) and noisy["sigma"] > 0
+    assert cell().settings().keys() ^ cell(without_noise=True).settings().keys() == {"without_noise"}
 
 
 def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
