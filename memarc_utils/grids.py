@@ -35,6 +35,8 @@ _RATES = {
     "adapters": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
     "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1)],
     "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2)],
+    "linear-probe": [(rate, rate, rate) for rate in (2e-2, 5e-2, 1e-1, 2e-1)],
+    "side-cached": [(1e-3, 2e-2, 2e-2), (2e-3, 2e-2, 1e-1), (2e-3, 4e-2, 4e-2), (4e-3, 8e-2, 8e-2)],
 }
 
 
@@ -53,7 +55,7 @@ def _classification(dataset: str) -> list[Cell]:
 
 
 def _rates() -> list[Cell]:
-    return [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **_THROUGH)
+    return [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **(_CACHED if METHODS[method].cached else _THROUGH))
             for method, tried in _RATES.items() for rates in tried]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from memarc_utils.book_keeping import holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors
 from memarc_utils.grad_sample import GradSampler
 
@@ -48,7 +49,7 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
                        mode: str = "book_keeping", clipping: str = "flat", bookkeeping: str = "memory") -> SensitivityReport:
     """Measures the two promises of the engine on a model, a loss and a batch of your own.
 
-    Every example is left out once (is the clipped sum moved by at most C, neighbours included?), and every example's
+    Every example is left out once (is the clipped sum moved by at most C, neighbours and their padding included?), and every example's
     gradient as the engine sees it inside the batch is compared with that of a plain loop, one example at a time, without
     the engine. Dropout is off meanwhile (evaluation mode), activation checkpointing stays on where it is enabled; the model
     comes back as it was. Costs about 3 B passes.
@@ -128,7 +129,13 @@ def _batch_size(micro_batch: dict[str, Tensor]) -> int:
 
 
 def _rows(micro_batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
-    return {k: t[rows] if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
+    """The rows, no wider than the longest of them: where a longer neighbour's padding changed a loss, leaving it out shows it."""
+    batch = {k: t[rows] if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not holds_data(mask) or not bool(mask.any()):
+        return batch
+    width, longest = mask.shape[1], int(mask.any(0).nonzero().max()) + 1
+    return {k: t[:, :longest] if isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width else t for k, t in batch.items()}
 
 
 def _gradient_alone(model, loss_per_example, one: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from memarc_utils.clipping import CLIPPINGS
 from memarc_utils.dp_sgd import SensitivityReport, make_private, verify_sensitivity
 from memarc_utils.grad_sample import MODES
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils.training import causal_lm_losses
 from tests.models import (CASE_IDS, CASES, distance, groups_of, loop_clipped_sum, loop_gradients, loop_norms, padded_batch,
                           plain_losses, plan_for_tests, private_sgd, rows, seeded, shake, size, tiny,
                           without_shape_check)
@@ -926,6 +927,17 @@ def test_untrained_parameters_are_looked_for_again_after_a_resume():
     private.load_state_dict(state, batches)
     run(model, private, batches, 1)
     assert private.steps_taken == 3
+
+
+def test_verify_sensitivity_sees_what_a_neighbours_padding_does():
+    """Labels of 0 under padding are targets: with the longest text they go."""
+    model = tiny("gpt2", "causal_lm", True)
+    ids = torch.randint(3, 90, (5, 16), generator=seeded(0))
+    mask = (torch.arange(16) < torch.tensor([3, 3, 4, 3, 16])[:, None]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    wrong = verify_sensitivity(model, causal_lm_losses, {**batch, "labels": ids * mask}, 0.1)
+    right = verify_sensitivity(model, causal_lm_losses, {**batch, "labels": ids.masked_fill(mask == 0, -100)}, 0.1)
+    assert wrong.max_contribution > 0.12 and not wrong.holds and right.holds
 
 
 def test_going_back_to_a_state_is_refused():

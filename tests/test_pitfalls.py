@@ -382,6 +382,60 @@ def test_search_of_many_trials():
 
 
 # --------------------------------------------------------------------------------------------------------- the module
+def test_padding_that_is_data():
+    model = tiny("gpt2", "causal_lm", True)
+    ids = torch.randint(3, 90, (6, 20), generator=seeded(0))
+    rows = [{"input_ids": ids[i, :n], "labels": ids[i, :n]} for i, n in enumerate((3, 3, 3, 4, 4, 20))]
+
+    def zeros_everywhere(some):
+        longest = max(len(row["labels"]) for row in some)
+        return {name: torch.stack([F.pad(row[name], (0, longest - len(row[name]))) for row in some]) for name in rows[0]}
+
+    def by_engine(collate):
+        def clipped(numbers):
+            private = private_sgd(model, plan_for_tests(max_grad_norm=0.01))
+            private.backward(causal_lm_losses(model, collate([rows[i] for i in numbers])))
+            total = torch.cat([part.flatten() for part in private.clipped_sum().values()])
+            private.detach()
+            return total
+        return largest_contribution(clipped, len(rows), 0.01)
+
+    assert by_engine(zeros_everywhere) > 1.5 and by_engine(batch_selection.pad_rows) < 1 + 1e-3
+
+
+def test_going_back_to_a_state():
+    model, x, y = net_and_data()
+    private = private_sgd(model, plan_for_tests(noise_multiplier=5.0), seed=1)
+    state = private.state_dict()
+    private.step()
+    assert "does not give their ε back" in refused(lambda: private.load_state_dict(state))
+    model, branches = private.detach(), []
+    for rows in ([0, 1], [2, 3]):  # two runs from one state
+        model.load_state_dict(state["model"])
+        private = private_sgd(model, plan_for_tests(noise_multiplier=5.0), seed=2)
+        private.load_state_dict(state)
+        private.backward(losses_of(model, x[rows], y[rows]))
+        sums = private.clipped_sum()
+        total = torch.cat([sums[name].flatten() for name, _ in model.named_parameters()])
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        private.step()
+        moved = before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        released = moved * private.plan.expected_batch_size / private.optimizer.param_groups[0]["lr"]
+        branches.append((released, total))
+        private.detach()
+    (a, sum_a), (b, sum_b) = branches
+    assert float((a - sum_a).norm()) > 1 and float((a - b - (sum_a - sum_b)).norm()) < 1e-3
+
+
+def test_a_frozen_table_that_learns():
+    table = nn.Embedding(30, 4, max_norm=0.1)
+    table.weight.requires_grad_(False)
+    before = table.weight.clone()
+    table(torch.tensor([4, 7]))
+    assert (table.weight != before).any(1).nonzero().flatten().tolist() == [4, 7]
+    assert "max_norm" in refused(lambda: private_sgd(nn.Sequential(table, nn.Linear(4, 2))))
+
+
 def test_bad_arguments_are_refused():
     ones = np.ones(len(ORDERS))
     for action in (lambda: honest_epsilon(PLAN, 0.0), lambda: search_divergence(ones, 1.0), lambda: search_epsilon(PLAN, 1.0)):
