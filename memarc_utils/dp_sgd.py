@@ -17,6 +17,7 @@ from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
+from memarc_utils.model_checks import check_not_begun, check_sampler
 from memarc_utils.randomness import seed_from_operating_system, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
@@ -211,7 +212,7 @@ class PrivateOptimizer:
         """
         if self.sampler.sums:
             raise ValueError("a batch is half done: take the state after private.step()")
-        self._check_sampler(sampler)
+        check_sampler(sampler, self.plan)
         if sampler is not None and sampler.steps_drawn != self.steps_taken:
             raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every batch, the "
                              "empty ones too, needs its private.step() before the state is taken")
@@ -220,15 +221,6 @@ class PrivateOptimizer:
                 "noise_generator": self.noise_generator.get_state(), "dropout": torch.get_rng_state(),
                 "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "sampler": None if sampler is None else sampler.state_dict()}
-
-    def _check_sampler(self, sampler) -> None:
-        """The batches are those that the plan pays for, and those of a shuffled plan are known at a resume."""
-        if sampler is not None and sampler.plan != self.plan:
-            raise ValueError("the batches were made with another plan than this optimizer: its ε would be that of other batches. Make both "
-                             "with one plan, poisson_batches(dataset, private.plan)")
-        if sampler is None and self.plan.sampling == "shuffled":
-            raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order and "
-                             "some examples come twice")
 
     def load_state_dict(self, state: dict, sampler=None) -> None:
         """Goes on where `state_dict` was taken: no noise is repeated or skipped, ε counts on.
@@ -240,10 +232,8 @@ class PrivateOptimizer:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
                 steps, which going back would leave out of ε while their noise would be drawn again.
         """
-        if self.steps_taken:
-            raise ValueError(f"{self.steps_taken} steps were taken, and going back to a state does not give their ε back: load it into a new "
-                             "make_private(...) to resume a run that ended; to try again, make a plan of its own and count both")
-        self._check_sampler(sampler)
+        check_not_begun(self.steps_taken)
+        check_sampler(sampler, self.plan)
         kept = ("clipping", "noise", "ranks")
         mine = {**self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1]}
         theirs = {**state["plan"], **{name: state.get(name) for name in kept}}

@@ -1,13 +1,21 @@
 """What the clipping engine refuses to train, said before anything is changed, with the parameter's name and the mend."""
 
+import functools
+import random
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.book_keeping import holds_data
 from memarc_utils.function_rules import FunctionRule, loop_rule
 from memarc_utils.layer_rules import EmbeddingRule, rule_for
+
+_SAMPLE = 2048  # numbers of a tensor that are compared
+_MOST_READ = 32  # frozen parameters whose numbers one check reads: versions and identities of all cost next to nothing
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # as which the bits of a type are read; those of 8 and 16 bytes as int32
 
 
 def check_owner(name: str, module: nn.Module) -> object:
@@ -43,9 +51,14 @@ def check_owner(name: str, module: nn.Module) -> object:
 
 def check_no_batch_statistics(model: nn.Module) -> None:
     """Raises:
-        ValueError: a layer mixes the examples of a batch, or keeps statistics of them.
+        ValueError: a layer mixes the examples of a batch, keeps statistics of them, or rescales its table by what they look up.
     """
     for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            weight = f"{name}.weight" if name else "weight"
+            raise ValueError(f"{weight} is rescaled in the forward pass, row by row as a batch looks them up (max_norm), whether it trains "
+                             f"or not: the table would show the batch's tokens. Set max_norm=None, after rescaling it once: "
+                             f"{weight}.data.renorm_({module.norm_type}, 0, {module.max_norm})")
         mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
             isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
         if mixes and "train" not in vars(module):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
@@ -65,27 +78,112 @@ def check_losses(losses: object) -> None:
         raise ValueError("the losses carry no gradient: compute them outside torch.no_grad() and do not detach them")
 
 
-class WatchedBuffers:
-    """Remembers a model's buffers; what a forward pass keeps of a batch in one is private data without noise."""
+def check_not_begun(steps_taken: int) -> None:
+    """For an optimizer that a state shall be loaded into.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._kept = {name: (buffer, buffer._version, _fingerprint(buffer)) for name, buffer in model.named_buffers()}
+    Raises:
+        ValueError: it has taken steps, which going back would leave out of ε while their noise would be drawn again.
+    """
+    if steps_taken:
+        raise ValueError(f"{steps_taken} steps were taken, and going back to a state does not give their ε back: load it into a new "
+                         "optimizer (make_private, make_zeroth_order) to resume a run that ended; to try again, make a plan of its own "
+                         "and count both")
+
+
+def check_sampler(sampler, plan: PrivacyPlan) -> None:
+    """Raises:
+        ValueError: the batches are not those that the plan pays for, or those of a shuffled plan are not known.
+    """
+    if sampler is not None and sampler.plan != plan:
+        raise ValueError("the batches were made with another plan than this optimizer: its ε would be that of other batches. Make both "
+                         "with one plan, poisson_batches(dataset, private.plan)")
+    if sampler is None and plan.sampling == "shuffled":
+        raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order and "
+                         "some examples come twice")
+
+
+class WatchedBuffers:
+    """Remembers a model's buffers and frozen parameters; what a forward pass keeps of a batch in one is private data without noise.
+
+    Up to `_SAMPLE` numbers are compared whole, bit by bit: a write of the value that was there already is none. Of many frozen
+    parameters each check reads some, drawn anew, and looks at the others' versions alone. A larger tensor must
+    be the same object, not written in place (torch counts that, but for writes through ``.data``), and equal in as many numbers
+    spread over it. Of meta and fake tensors, and of tensors of a type of their own (sharded, quantized), no number is read.
+
+    Args:
+        trainable: watch what trains as well.
+        since: what the message says of the time that is watched.
+    """
+
+    def __init__(self, model: nn.Module, trainable: bool = False, since: str = "since make_private") -> None:
+        self._model, self._trainable, self._since = model, trainable, since
+        self._known = set(model.parameters())
+        watched = list(self._watched())
+        contents = _fingerprints([tensor for _, _, tensor in watched])
+        self._kept = {name: (tensor, _version(tensor), content) for (_, name, tensor), content in zip(watched, contents)}
+
+    def _watched(self) -> Iterator[tuple[str, str, Tensor]]:
+        yield from (("buffer", name, buffer) for name, buffer in self._model.named_buffers())
+        for name, parameter in self._model.named_parameters():
+            if self._trainable or not parameter.requires_grad:
+                yield "parameter" if parameter.requires_grad else "frozen parameter", name, parameter
 
     def check(self) -> None:
         """Raises:
-            ValueError: a buffer was written, or replaced, since.
+            ValueError: one was written, or replaced, since.
         """
-        for name, buffer in self._model.named_buffers():
-            before, version, fingerprint = self._kept.get(name, (None, None, None))
-            if buffer is not before or buffer._version != version or _fingerprint(buffer) != fingerprint:
-                raise ValueError(f"the buffer {name} was written since make_private: what a forward pass keeps of a batch is private data "
-                                 "without noise. Remove it, or compute it before make_private")
+        watched = list(self._watched())
+        read = [k for k, (kind, _, _) in enumerate(watched) if kind != "frozen parameter"]
+        frozen = [k for k, (kind, _, _) in enumerate(watched) if kind == "frozen parameter"]
+        read += frozen if len(frozen) <= _MOST_READ else random.SystemRandom().sample(frozen, _MOST_READ)  # of a large body others each time
+        contents = dict(zip(read, _fingerprints([watched[k][2] for k in read])))
+        for k, (kind, name, tensor) in enumerate(watched):
+            before, version, kept = self._kept.get(name, (None, 0, None))
+            content = contents.get(k, kept)
+            if tensor is not before and kind != "buffer" and (tensor in self._known or not _is_plain(tensor)):
+                continue  # frozen, renamed or sharded since: the caller's own checks of the parameters speak of that
+            whole = k in contents and content is not None and tensor.numel() <= _SAMPLE
+            if content == kept and (whole or tensor is before and _version(tensor) == version):
+                continue
+            raise ValueError(f"the {kind} {name} was written {self._since}: what a forward pass keeps of a batch is private data without "
+                             "noise. Remove the write, or make it before the training (weights that you load yourself between two steps "
+                             "of DP-SGD: call private.sampler.note_buffers() after)")
 
 
-def _fingerprint(buffer: Tensor) -> float:
-    """Of small floating buffers, which ``.data`` can change unseen; running statistics are small."""
-    if not buffer.is_floating_point() or buffer.numel() > 2**16 or buffer.device.type != "cpu" or not holds_data(buffer):
-        return 0.0
-    weights = torch.arange(1, buffer.numel() + 1, dtype=torch.float64)
-    return float(buffer.detach().flatten().double().nan_to_num() @ weights)
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # tensors made under inference_mode keep no count
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+@torch.no_grad()
+def _fingerprints(tensors: list[Tensor]) -> list[tuple | None]:
+    """Shape, type and a sum over the bits of `_SAMPLE` numbers at even distances, by weights without a pattern; the sums of one
+    device come to the host together."""
+    found: list[tuple | None] = [None] * len(tensors)
+    places: dict[torch.device, list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        if holds_data(tensor) and _is_plain(tensor):
+            places.setdefault(tensor.device, []).append(k)
+    for device, numbers in places.items():
+        weights = _weights(device)
+        for k, total in zip(numbers, torch.stack([_sum_of_bits(tensors[k], weights) for k in numbers]).tolist()):
+            found[k] = (tensors[k].shape, tensors[k].dtype, total)
+    return found
+
+
+def _sum_of_bits(tensor: Tensor, weights: Tensor) -> Tensor:
+    size = tensor.numel()
+    distance = max(1, -(-size // _SAMPLE)) | 1  # odd: it walks through the columns of a matrix too
+    sample = tensor.as_strided((-(-size // distance),), (distance,)) if tensor.is_contiguous() else tensor.reshape(-1)[::distance]
+    bits = _BITS.get(sample.element_size())
+    bits = (sample.view(bits) if bits else sample.contiguous().view(torch.int32)).to(weights)
+    return bits @ weights[:len(bits)]
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    """Below 2^9: with 32 bits of at most 4 * 2^11 numbers every sum is a whole number below 2^53, so no order of adding rounds it."""
+    return torch.randint(1, 2**9, (4 * _SAMPLE,), generator=torch.Generator().manual_seed(0)).to(device, torch.float64)

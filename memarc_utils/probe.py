@@ -1,43 +1,70 @@
 """A look for examples that meet: in a layer whose rows are no examples, or in a loss that is made of several."""
 
+import warnings
+from collections import UserDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memarc_utils.book_keeping import holds_data
 from memarc_utils.randomness import seed_from_operating_system
 
 # What lies below a zero has no gradient in the first step or two: the probe is repeated for it, but not for ever.
 _MOST_FOR_UNSEEN = 8
+_CHANCE = 1 / 64  # of a look in any other step: what is switched on after the first steps does not wait for a power of two
+# What a loss may differ by when other rows are in its batch: float32's rounding is some 1e-5 of it, that of 16 bits some 1e-2.
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-3, 5e-2
+
+
+class Schedule:
+    """When to look: in the steps 1, 2, 4, 8, ... and, with probability 1/64, in any other.
+
+    The generator is its own and the operating system seeds it, so nothing in a run can know which steps those are, and noise,
+    batches and dropout are the same whichever they are. A step in which nothing could be seen (an empty batch) is put off.
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        self.on = self.due = on
+        self.generator = seed_from_operating_system(torch.Generator())
+        self._step = 1
+
+    def next_step(self, again: bool = False) -> None:
+        if self.due:  # empty batches and too small ones are no step of the schedule
+            return
+        self._step += 1
+        power_of_two = self._step & (self._step - 1) == 0
+        self.due = self.on and (power_of_two or again or float(torch.rand((), generator=self.generator)) < _CHANCE)
 
 
 class Probe:
     """Sends a random half of a batch's losses back, each with a random weight, then the other half, and demands that no other
     example's row is reached in any layer. A batch mean, a first axis that is not the batch, or an in-batch negative reaches them.
 
-    It costs two backward passes in the steps 1, 2, 4, 8, ..., and again while a layer has not been seen. What meets behind a
-    ``detach`` no gradient can show: `verify_sensitivity` does, since it compares batches.
+    It costs two backward passes in the steps of the `Schedule`, and again while a layer has not been seen. No gradient can show what
+    meets behind a ``detach``, nor what meets below the lowest layer that trains, as in a frozen body that calls
+    ``F.batch_norm(training=True)``: no gradient goes there. `verify_sensitivity` shows both, since it compares batches.
 
     Args:
         layers: names of the layers that must be seen; empty turns the probe off.
     """
 
     def __init__(self, layers: set[str]) -> None:
-        self._unseen, self._on = set(layers), bool(layers)
-        self._step, self._probed, self._due = 1, 0, True
+        self._unseen, self._probed, self._schedule = set(layers), 0, Schedule(on=bool(layers))
         self._sent: Bool[Tensor, " batch"] | None = None
         self._reached: list[tuple[str, Tensor, Tensor]] = []
-        self._generator = seed_from_operating_system(torch.Generator())
 
     @property
     def running(self) -> bool:
         return self._sent is not None
 
     def next_step(self) -> None:
-        if not self._due:  # empty batches and too small ones are no step of the schedule
-            self._step += 1
-        power_of_two = self._step & (self._step - 1) == 0
-        self._due = self._on and (power_of_two or bool(self._unseen) and self._probed < _MOST_FOR_UNSEEN)
+        self._schedule.next_step(again=bool(self._unseen) and self._probed < _MOST_FOR_UNSEEN)
 
     def look(self, layer: str, grad_output: Float[Tensor, "batch ..."]) -> None:
         """What reached a layer, example by example. Of an example that is not finite nothing can be said: 0 · inf is nan."""
@@ -50,10 +77,11 @@ class Probe:
         """Raises:
             ValueError: one example's loss reaches another's rows.
         """
-        if not (self._due and len(losses) > 1 and holds_data(losses)):
+        if not (self._schedule.due and len(losses) > 1 and holds_data(losses)):
             return
-        weights = torch.rand(len(losses), generator=self._generator) + 0.5
-        order = torch.randperm(len(losses), generator=self._generator)
+        generator = self._schedule.generator
+        weights = torch.rand(len(losses), generator=generator) + 0.5
+        order = torch.randperm(len(losses), generator=generator)
         half = torch.zeros(len(losses), dtype=torch.bool)
         half[order[:len(losses) // 2]] = True
         self._reached = []
@@ -70,7 +98,7 @@ class Probe:
             raise ValueError(f"one example's loss reaches other examples' rows in the layer {met[0] or 'of the model'}: examples "
                              "meet there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
                              "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
-        self._probed, self._due = self._probed + 1, False
+        self._probed, self._schedule.due = self._probed + 1, False
 
 
 def _leaves(losses: Tensor) -> list[Tensor]:
@@ -85,3 +113,94 @@ def _leaves(losses: Tensor) -> list[Tensor]:
             leaves.append(node.variable)
         ahead += [following for following, _ in node.next_functions]
     return leaves
+
+
+class LossProbe:
+    """For losses without a backward pass: a random half of the rows is computed alone, and every row of it must have the loss that it
+    has in the whole micro-batch, up to rounding: 1e-3 of its size and the median's, 5e-2 where anything is computed in 16 bits.
+
+    It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. Rows keep
+    their padding. A random loss differs from itself: then nothing can be said, and a warning says so. No generator moves.
+    """
+
+    def __init__(self) -> None:
+        self.schedule = Schedule()
+
+    def run(self, micro_batch: Any, losses: Float[Tensor, " batch"], compute: Callable[[Any], Tensor], device: torch.device) -> None:
+        """
+        Args:
+            micro_batch: tensors with the batch axis first, in any nesting of dicts, tuples and lists.
+            losses: of the whole micro-batch, just computed.
+            compute: the losses of a micro-batch, without gradients and without dropout.
+            device: whose global generator, besides the CPU's, a random loss would draw from.
+
+        Raises:
+            ValueError: an example's loss depends on which others are there.
+        """
+        if len(losses) < 2:
+            return
+        self.schedule.due = False
+        rows = torch.randperm(len(losses), generator=self.schedule.generator)[:len(losses) // 2].sort().values
+        half, size = _rows(micro_batch, rows, len(losses)), losses[losses.isfinite()].abs().median().nan_to_num()
+
+        def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:
+            finite = first.isfinite()
+            gap = (first - second).abs() > tolerance * (second.abs() + size)
+            return bool(((finite != second.isfinite()) | finite & gap).any())
+
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            alone, together = compute(half), losses[rows]
+            if not differ(alone, together, _TOLERANCE):
+                return
+            with _SixteenBits() as coarse:
+                again = compute(half)
+            if differ(again, alone, _TOLERANCE) or differ(compute(micro_batch), losses, _TOLERANCE):
+                return warnings.warn("the losses are random: the same rows gave others a second time, so whether they mix examples cannot "
+                                     "be seen. Draw nothing in the loss (nn.Dropout rests in evaluation mode)", stacklevel=5)
+        if not coarse.seen or differ(alone, together, _TOLERANCE_16_BITS):
+            raise ValueError("the losses mix examples: half of the rows alone have other losses than among all rows, so no clipping bounds "
+                             "one example's share. Keep every example's loss to itself: reduction='none', no mean, norm or negatives "
+                             "over the batch. (A tensor of the micro-batch as long as the batch counts as one row an example: keep "
+                             "constants out of it)")
+
+
+class _SixteenBits(TorchDispatchMode):
+    """Notes whether any operation computes in fewer than 32 bits, also under an autocast that only the loss knows of."""
+
+    seen = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen |= any(isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
+        return result
+
+
+def num_examples(micro_batch: Any) -> int:
+    """The first axis of the first tensor that has one, in any nesting of dicts, tuples and lists.
+
+    Raises:
+        ValueError: there is none.
+    """
+    leaves = tree_leaves(dict(micro_batch) if isinstance(micro_batch, UserDict) else micro_batch)
+    size = next((len(t) for t in leaves if isinstance(t, Tensor) and t.dim()), None)
+    if size is None:
+        raise ValueError(f"a micro-batch is a {type(micro_batch).__name__} that shows no tensor, so it cannot be known how many examples "
+                         "it has: give tensors with the batch axis first, in a dict, a tuple or a list")
+    return size
+
+
+def _rows(micro_batch: Any, rows: Int[Tensor, " some"], size: int) -> Any:
+    if isinstance(micro_batch, UserDict):  # a tokenizer's batch, which torch takes for one leaf
+        return type(micro_batch)(_rows(dict(micro_batch), rows, size))
+
+    def one_a_row(node: Any) -> bool:
+        return isinstance(node, list) and len(node) == size and not any(isinstance(t, Tensor) for t in tree_leaves(node))
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size:
+            return leaf[rows.to(leaf.device)]
+        if isinstance(leaf, np.ndarray) and leaf.ndim and len(leaf) == size:
+            return leaf[rows.numpy()]
+        return [leaf[k] for k in rows.tolist()] if one_a_row(leaf) else leaf
+
+    return tree_map(pick, micro_batch, is_leaf=one_a_row)

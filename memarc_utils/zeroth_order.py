@@ -34,6 +34,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.model_checks import WatchedBuffers, check_no_batch_statistics, check_not_begun, check_sampler
+from memarc_utils.probe import LossProbe, num_examples
 
 _PIECE = 2**20  # numbers of a direction that stand in memory at once
 NOISES = {"gaussian": 2, "laplace": 1}  # the norm that the K numbers of an example are clipped in
@@ -125,8 +127,7 @@ def make_zeroth_order(model: nn.Module, plan: PrivacyPlan, learning_rate: float,
     Raises:
         ValueError: names what is wrong and the mend; the model is unchanged then.
     """
-    return ZerothOrderOptimizer(model, plan, learning_rate, perturbation, num_directions, noise, noise_generator,
-                                direction_seed_generator)
+    return ZerothOrderOptimizer(model, plan, learning_rate, perturbation, num_directions, noise, noise_generator, direction_seed_generator)
 
 
 class ZerothOrderOptimizer:
@@ -138,8 +139,7 @@ class ZerothOrderOptimizer:
         examples_dropped: examples with a loss that was not finite; they contributed zero.
     """
 
-    def __init__(self, model, plan, learning_rate, perturbation, num_directions, noise, noise_generator,
-                 direction_seed_generator) -> None:
+    def __init__(self, model, plan, learning_rate, perturbation, num_directions, noise, noise_generator, direction_seed_generator) -> None:
         if not isinstance(plan, PrivacyPlan):
             raise ValueError(f"plan must be a PrivacyPlan, got {type(plan).__name__}")
         if noise not in NOISES:
@@ -158,32 +158,34 @@ class ZerothOrderOptimizer:
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
         self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
         self.steps_taken = self.examples_dropped = 0
+        self._probe = LossProbe()
         self._check_learning_rate()
 
     def step(self, batch: Iterable[Any], loss_per_example: Callable[[nn.Module, Any], Tensor]) -> None:
         """Losses at θ ± λ z_k for each direction, clip, sum, noise, update, account. An empty batch is all noise.
 
-        Dropout is off (evaluation mode) and comes back after: with other masks on the two sides their difference would
-        be divided by 2λ, and replaying masks means re-seeding a generator that others use. Gradients are off too.
+        Dropout is off (evaluation mode): with other masks on the two sides their difference would be divided by 2λ. Now and then, after
+        the last pass, the losses of half of the rows are computed once more, alone (see `LossProbe`).
 
         Args:
-            batch: micro-batches (dicts of tensors are moved to the model's device), as `poisson_batches` gives them.
-                They are gone through 2 K times, so all of the step's *inputs* stand in memory.
+            batch: micro-batches, as `poisson_batches` gives them: tensors with the batch axis first in dicts (moved to the
+                model's device), tuples or lists. They are gone through 2 K times, so all of the step's *inputs* stand in memory.
             loss_per_example: ``(model, micro_batch) -> losses (B,)``, nothing in one example's loss from another.
 
         Raises:
-            ValueError: the plan's steps are spent, or the losses are not one number for each example. The parameters
-                are back where they were, but for rounding.
+            ValueError: the plan's steps are spent, the losses are not one number for each example or mix examples, or a
+                forward pass wrote into the model. The parameters are back where they were, but for rounding.
         """
         if self.steps_taken >= self.plan.num_steps:
-            raise ValueError(f"the plan pays for {self.plan.num_steps} steps and all are taken: make a plan with more "
-                             "steps from the beginning, its noise will be larger")
+            raise ValueError(f"the plan pays for {self.plan.num_steps} steps and all are taken: plan more from the start, at more noise")
         _check_model(self.model)
         self._check_learning_rate()
         micro_batches = list(batch)
-        seeds = self._draw_seeds()
+        seeds, watched = list(self._draw_seeds()), WatchedBuffers(self.model, since="in a forward pass")
         with torch.no_grad(), _evaluation_mode(self.model):
-            differences = [self._differences(micro_batches, loss_per_example, row) for row in seeds]
+            differences = [self._differences(micro_batches, loss_per_example, row, last=row is seeds[-1]) for row in seeds]
+        watched.check()
+        self._probe.schedule.next_step()
         total = self._clipped_sum(torch.stack(differences, dim=1)) + self._draw_noise()
         self.steps_taken += 1  # before the weights move: an interrupted step is paid for
         scale = -self.learning_rate / (self.plan.expected_batch_size * self.num_directions)
@@ -209,9 +211,9 @@ class ZerothOrderOptimizer:
         Args:
             sampler: the batches being iterated, so that the resumed run draws on where this one stopped.
         """
+        check_sampler(sampler, self.plan)
         if sampler is not None and sampler.steps_drawn != self.steps_taken:
-            raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every "
-                             "batch, the empty ones too, needs its step before the state is taken")
+            raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every batch needs its step")
         generator = self.noise_generator
         return {"run": self._run(), "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "learning_rate": self.learning_rate,
@@ -228,6 +230,8 @@ class ZerothOrderOptimizer:
         Raises:
             ValueError: the state belongs to another run, or was taken with another kind of noise source or sampler.
         """
+        check_not_begun(self.steps_taken)
+        check_sampler(sampler, self.plan)
         mine, theirs = self._run(), state["run"]
         if different := [name for name in mine if mine[name] != theirs.get(name)]:
             raise ValueError("the checkpoint belongs to another run: " + ", ".join(
@@ -254,8 +258,7 @@ class ZerothOrderOptimizer:
             sampler.load_state_dict(state["sampler"])
 
     def _run(self) -> dict:
-        return {**self.plan.to_dict(), "noise": self.noise, "num_directions": self.num_directions,
-                "perturbation": float(self.perturbation)}
+        return {**self.plan.to_dict(), "noise": self.noise, "num_directions": self.num_directions, "perturbation": float(self.perturbation)}
 
     def _check_learning_rate(self) -> None:
         _check_range("learning_rate", self.learning_rate, 0, math.inf, "0 or more")
@@ -274,7 +277,7 @@ class ZerothOrderOptimizer:
                 z = torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
                 piece.add_(z.normal_(generator=generator), alpha=scale)
 
-    def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"]
+    def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"], last: bool
                      ) -> Float[Tensor, " examples"]:
         """Δ_i along one direction. Nothing is stored of θ: it goes to +λ, to −λ, and back, to rounding."""
         at = 0
@@ -284,37 +287,39 @@ class ZerothOrderOptimizer:
             above = self._losses(micro_batches, loss_per_example)
             self._move(seeds, -2 * self.perturbation)
             at = -1
-            below = self._losses(micro_batches, loss_per_example)
+            below = self._losses(micro_batches, loss_per_example, look=last and self._probe.schedule.due)
         finally:
             self._move(seeds, -at * self.perturbation)
-        if len(above) != len(below):
-            raise ValueError(f"{len(above)} losses at θ + λz and {len(below)} at θ − λz: the loss must be a fixed "
-                             "function of the micro-batch")
         return (above - below) / (2 * self.perturbation)
 
-    def _losses(self, micro_batches: list, loss_per_example: Callable) -> Float[Tensor, " examples"]:
+    def _losses(self, micro_batches: list, loss_per_example: Callable, look: bool = False) -> Float[Tensor, " examples"]:
+        """Of all examples, at θ as it stands; ``look`` for examples that meet in them."""
         device = next(iter(_trainable(self.model).values())).device
-        found = [torch.zeros(0, dtype=torch.float64)]
-        for micro_batch in micro_batches:
-            size = None
+        def compute(micro_batch: Any) -> Float[Tensor, " batch"]:
             if isinstance(micro_batch, dict):
                 micro_batch = {k: t.to(device) if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
-                size = next((len(t) for t in micro_batch.values() if isinstance(t, Tensor) and t.dim()), None)
+            size = num_examples(micro_batch)
             losses = loss_per_example(self.model, micro_batch)
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            if not isinstance(losses, Tensor) or losses.dim() != 1 or size not in (None, len(losses)):
-                raise ValueError(f"loss_per_example gave {shape}{f' for {size} examples' if size else ''}: return one "
-                                 'loss an example, shape (batch,), for example with reduction="none"')
-            found.append(losses.double().cpu())
-        return torch.cat(found)
+            if shape != (size,):
+                raise ValueError(f"loss_per_example gave {shape} for {size} examples: return one loss an example, shape (batch,), "
+                                 'for example with reduction="none"')
+            return losses.double().cpu()
+
+        watched = WatchedBuffers(self.model, trainable=True, since="in a forward pass") if look else None
+        found = [compute(micro_batch) for micro_batch in micro_batches]
+        if look:
+            watched.check()
+            for micro_batch, losses in zip(micro_batches, found):
+                self._probe.run(micro_batch, losses, compute, device)
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *found])
 
     def _clipped_sum(self, differences: Float[Tensor, "examples directions"]) -> Float[Tensor, " directions"]:
         """Σ_i Δ_i min(1, C/‖Δ_i‖), in float64; an example with a number that is not finite contributes zero."""
         finite = differences.isfinite().all(dim=1)
         self.examples_dropped += int((~finite).sum())
         differences = differences[finite]
-        norms = differences.norm(NOISES[self.noise], dim=1, keepdim=True)
-        bound = self.plan.max_grad_norm
+        norms, bound = differences.norm(NOISES[self.noise], dim=1, keepdim=True), self.plan.max_grad_norm
         return (differences * (bound / norms.clamp_min(bound))).sum(dim=0)
 
     def _draw_noise(self) -> Float[Tensor, " directions"]:
@@ -357,12 +362,9 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("no parameter has requires_grad: choose what shall train, as by select_linear_probe(model)")
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name} is {parameter.dtype}, in which θ + λz would be rounded away and never come back: "
-                             "hold what trains in float32, model.float() or parameter.data = parameter.data.float()")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: its statistics mix the examples of "
-                             "a batch, or were taken from private data without noise. Use GroupNorm or LayerNorm")
+            raise ValueError(f"{name} is {parameter.dtype}, in which θ + λz would be rounded away and never come back: hold what trains in "
+                             "float32, model.float() or parameter.data = parameter.data.float()")
+    check_no_batch_statistics(model)
 
 
 def _check_generators(noise: object, directions: object) -> None:
@@ -371,19 +373,17 @@ def _check_generators(noise: object, directions: object) -> None:
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
         if any(generator is one for one in shared):
-            raise ValueError(f"{name} is torch's global generator, which others draw from and re-seed: pass None, or a "
-                             "torch.Generator of its own")
+            raise ValueError(f"{name} is torch's global generator, which others draw from and re-seed: pass None, or one of its own")
     if directions.device.type != "cpu":
-        raise ValueError("direction_seed_generator must be on the CPU: it draws seeds only, the directions are made "
-                         "where the parameters are")
+        raise ValueError("direction_seed_generator must be on the CPU: it draws seeds only, directions are made where parameters are")
     if noise is None:
         return
     if (noise.initial_seed() - directions.initial_seed()) % 2**32 == 0:  # one object too; the CPU keeps 32 bits
-        raise ValueError("noise and directions come from one seed: the directions are public, so the noise could be "
-                         "computed and subtracted. Pass noise_generator=None")
+        raise ValueError("noise and directions come from one seed: the directions are public, so the noise could be computed and "
+                         "subtracted. Pass noise_generator=None")
     if noise.initial_seed() == torch.Generator().initial_seed():
-        warnings.warn("noise_generator was never seeded: torch gives every new generator the same public seed, so the "
-                      "noise can be subtracted. Pass None", stacklevel=4)
+        warnings.warn("noise_generator was never seeded: torch gives every new generator the same public seed, so the noise can be "
+                      "subtracted. Pass None", stacklevel=4)
 
 
 def _check_range(name: str, value: object, smallest: int | float, largest: int | float, mend: str) -> None:

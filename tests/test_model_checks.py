@@ -1,0 +1,199 @@
+"""State that a forward pass keeps of a batch, wherever it is kept: seen in what a release would show besides what trains."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from memarc_utils import model_checks
+from memarc_utils.grad_sample import GradSampler
+from memarc_utils.model_checks import WatchedBuffers
+from memarc_utils.zeroth_order import make_zeroth_order
+from tests.models import padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, tiny
+
+
+def x_of(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+class Codebook(nn.Module):
+    """A frozen table that follows a moving mean of what is looked up in it."""
+
+    def __init__(self, how, entries=10):
+        super().__init__()
+        self.layer, self.code, self.how = nn.Linear(3, 3), nn.Embedding(entries, 3).requires_grad_(False), how
+
+    def forward(self, x):
+        h = self.layer(x)
+        nearest = torch.cdist(h.detach(), self.code.weight).argmin(1)
+        moved = self.code.weight.detach().clone()
+        moved[nearest] = 0.9 * moved[nearest] + 0.1 * h.detach()
+        if self.how == "data":
+            self.code.weight.data.copy_(moved)
+        elif self.how == "in place":
+            with torch.no_grad():
+                self.code.weight.copy_(moved)
+        else:
+            self.code.weight = nn.Parameter(moved, requires_grad=False)
+        return h
+
+
+@pytest.mark.parametrize("entries", [10, 5000])
+@pytest.mark.parametrize("how", ["data", "in place", "replaced"])
+def test_a_frozen_table_that_follows_the_batch_is_found(how, entries):
+    x = x_of(8, 3) if how != "data" or entries == 10 else x_of(3000, 3)  # of a large table a sample is compared
+    model = Codebook(how, entries)
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="the frozen parameter code.weight was written since make_private.*note_buffers"):
+        private.backward(model(x).square().sum(1))
+
+
+class Counting(nn.Module):
+    """Counts and queues written past torch's own count of writes."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer, self.name = nn.Linear(5, 2), name
+        self.register_buffer("seen", torch.zeros(100, dtype=torch.long))
+        self.register_buffer("flags", torch.zeros(100, dtype=torch.bool))
+        self.register_buffer("queue", torch.zeros(20_000, 5))
+
+    def forward(self, x):
+        if self.name == "queue":
+            self.queue.data[:len(x)] = x.detach()
+        else:
+            getattr(self, self.name).data[len(x)] = 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("name", ["seen", "flags", "queue"])
+def test_counts_and_large_buffers_written_through_data_are_found(name):
+    model = Counting(name)
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match=f"the buffer {name} was written since make_private"):
+        private.backward(model(x_of(6, 5)).square().sum(1))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.filterwarnings("ignore:no rule of its own")
+def test_a_table_with_max_norm_is_refused(layer, trains):
+    """Its rows are rescaled as the batch looks them up: a frozen one is released with the tokens in it."""
+    table = layer(9, 3, max_norm=1.0)
+    model = nn.Sequential(table.requires_grad_(trains), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="0.weight .*max_norm.*[Ss]et max_norm=None|set max_norm=None"):
+        private_sgd(model)
+    with pytest.raises(ValueError, match="0.weight is rescaled in the forward pass.*Set max_norm=None"):
+        make_zeroth_order(model, plan_for_tests(), 0.1)
+    table.weight.data.renorm_(table.norm_type, 0, table.max_norm)
+    table.max_norm = None
+    make_zeroth_order(model, plan_for_tests(), 0.1)
+
+
+# --------------------------------------------------------------------------------------------- what goes on as before
+def test_weights_of_ones_own_go_on_after_a_word():
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0))
+
+    def step():
+        private.backward(model(x_of(4, 3)).square().sum(1))
+        private.step()
+
+    step()
+    state = private.state_dict()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match="0.weight was written"):
+        private.backward(model(x_of(4, 3)).square().sum(1))
+    private.sampler.note_buffers()
+    step()
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0))
+    private.load_state_dict(state)  # a resume writes everything
+    step()
+    model = private.detach()
+    private = private_sgd(model.requires_grad_(True), plan_for_tests(noise_multiplier=1.0))  # thawed
+    step()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_ordinary_models_are_not_accused(family):
+    """Rotary and position buffers, frozen weights, evaluation in between; both ways of training."""
+    task = "classification" if family == "bert" else "causal_lm"
+    model = tiny(family, task)
+    for parameter in list(model.parameters())[:-3]:
+        parameter.requires_grad_(False)
+    model.get_output_embeddings() if task == "classification" else model.get_output_embeddings().requires_grad_(True)
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0), lr=1e-3)
+    for tokens in (5, 9):
+        private.backward(plain_losses(model, padded_batch(model, task, tokens=tokens)))
+        private.step()
+        with torch.no_grad():
+            plain_losses(model.eval(), padded_batch(model, task, tokens=12))
+        model.train()
+    private.detach()
+    optimizer = make_zeroth_order(model, plan_for_tests(noise_multiplier=1.0), 1e-3)
+    for tokens in (5, 9, 12):
+        optimizer.step([padded_batch(model, task, tokens=tokens)], plain_losses)
+
+
+def test_the_same_value_written_again_is_no_write():
+    model = nn.Linear(3, 2)
+    model.register_buffer("table", torch.arange(4.0))
+    watched = WatchedBuffers(model)
+    model.table.copy_(torch.arange(4.0))
+    watched.check()
+    model.table = torch.arange(4.0)  # a rotary table computed anew
+    watched.check()
+    model.table = torch.arange(5.0)
+    with pytest.raises(ValueError, match="the buffer table"):
+        watched.check()
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake", "inference"])
+def test_tensors_without_numbers_or_without_a_count(kind):
+    if kind == "fake":
+        with FakeTensorMode():
+            model = nn.Linear(3, 2).requires_grad_(False)
+    elif kind == "meta":
+        model = nn.Linear(3, 2, device="meta").requires_grad_(False)
+    else:
+        with torch.inference_mode():
+            model = nn.Linear(3, 2).requires_grad_(False)
+    watched = WatchedBuffers(model)
+    watched.check()
+    with torch.inference_mode(kind == "inference"):
+        model.weight.detach().zero_()
+    with pytest.raises(ValueError, match="the frozen parameter weight"):
+        watched.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+                                   torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn])
+def test_one_changed_number_of_any_type_shows(dtype):
+    for size in (1, 7, model_checks._SAMPLE):
+        tensor = torch.zeros(size, dtype=dtype)
+        before = model_checks._fingerprints([tensor])
+        tensor.data[size - 1] = 1
+        assert model_checks._fingerprints([tensor]) != before
+    strange = torch.full((3, 4), float("nan")).t()  # neither finite nor contiguous
+    assert model_checks._fingerprints([strange]) == model_checks._fingerprints([strange.clone()])
+
+
+def test_a_large_backbone_costs_a_sample():
+    """Two thousand numbers a tensor, whatever its size: no copy of it, and sums that no order of adding rounds."""
+    tensor = torch.full((2**22,), -1.0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ((_, _, total),) = model_checks._fingerprints([tensor])
+    assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 100_000
+    assert abs(total) < 2**53 and total == int(total)
+
+
+def test_a_frozen_layer_is_not_watched_twice_as_it_thaws():
+    """What was frozen and trains now is named by the check of the parameters."""
+    model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    sampler = GradSampler(model)
+    model[0].requires_grad_(True)
+    with pytest.raises(ValueError, match="trainable parameters appeared after make_private: 0.weight"):
+        sampler.check_parameters()
+    sampler.detach()
