@@ -17,6 +17,8 @@ HEADLINE = {
     "full fine-tuning": ("full", None, {}),
     "DP-LoRA": ("lora", "lora", {"checkpointing": False}),
     "DP-LoRA, checkpointed": (None, "lora", {"checkpointing": True}),
+    "DP-FFA-LoRA": ("ffa-lora", None, {}),
+    "adapters": ("adapters", None, {}),
     "DP-BiTFiT": ("bitfit", "bitfit", {}),
     "linear probe": ("linear-probe", None, {}),
     "reversible, LoRA": ("rev-lora", "rev-lora", {}),
