@@ -167,7 +167,8 @@ class Cell:
         method = METHODS[self.method]
         budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
         rates = self.rates or (method.private_rates if private else method.rates)
-        chosen = {"without_noise": self.without_noise or None, "side": self.side, "num_train": self.num_train, "num_test": self.num_test, "autocast": self.autocast or None}
+        chosen = {"without_noise": self.without_noise or None, "side": self.side, "num_train": self.num_train, "num_test": self.num_test,
+                  "autocast": self.autocast or None}
         return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
                 "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method),
                 **{name: value for name, value in chosen.items() if value is not None}}

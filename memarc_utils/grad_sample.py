@@ -155,7 +155,7 @@ class GradSampler:
         self._batch: int | None = None
         self._tokens: int | None = None
         self._counting = True
-        self._model_calls = self._backwards = 0  # of this step
+        self._model_calls = self._backwards = self._layer_called = 0  # of this step; the last one since its last backward pass
         self._forget_backward()
         self._owners = [module for _, module in owners]
         for module, rule in zip(self._owners, rules):
@@ -187,8 +187,7 @@ class GradSampler:
 
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
-        self.sums, self.foreign_backward, self.half_done = {}, False, False
-        self._model_calls = self._backwards = 0
+        self.sums, self.foreign_backward, self.half_done, self._model_calls, self._backwards, self._layer_called = {}, False, False, 0, 0, False
         self._probe.next_step()
         self._forget_backward()
 
@@ -215,6 +214,8 @@ class GradSampler:
     def with_batch_axis(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, bool]:
         """Makes the first axis the batch: positions that come as (1, T) are expanded, rows folded to B·T are noted."""
         batch = self._recording_for or self._batch or inputs[0].shape[0]
+        if self._recording_for is None:
+            self._layer_called = True
         def is_lookup(t):
             return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
 
@@ -286,7 +287,7 @@ class GradSampler:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
         self.check_parameters()
         self.check_whole()
-        if 0 < self._model_calls <= self._backwards:
+        if 0 < self._model_calls <= self._backwards and not self._layer_called:
             raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts twice. Add "
                              "the losses of an example up, losses_a + losses_b, and call private.backward once for each model call")
         self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
@@ -306,8 +307,7 @@ class GradSampler:
             return torch.stack(self._group_squares).sum(0).sqrt(), self._finite
         finally:
             self._forget_backward()
-            self._batch = self._tokens = None
-            self._backwards += 1
+            self._batch, self._tokens, self._backwards, self._layer_called = None, None, self._backwards + 1, False
 
     @torch.no_grad()
     def _clip_and_add(self, group: int) -> None:
