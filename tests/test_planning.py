@@ -57,7 +57,7 @@ def real_step(family, method, task, clipping="flat", engine="book-keeping", chec
         return step
     private = make_private(model, optimizer, no_noise(), clipping=clipping, mode="per_example" if engine == "per-example" else "book_keeping",
                            noise_generator=torch.Generator().manual_seed(0))
-    private.sampler._probe._on = private.sampler._probe._due = False  # it runs in some steps only, and not on fake tensors
+    private.sampler._probe._schedule.on = private.sampler._probe._schedule.due = False  # it runs in some steps only, and not on fake tensors
 
     def step():
         private.backward(losses(model, {name: t.clone() for name, t in batch.items()}))
