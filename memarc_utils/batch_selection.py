@@ -7,7 +7,7 @@ neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`
 i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.data_parallel import rank_and_size
 from memarc_utils.padding import num_tokens, pad_rows
 from memarc_utils.randomness import seed_from_operating_system
+
 
 def _rows(dataset, indices: list[int]) -> list[dict[str, Any]]:
     if indices and hasattr(dataset, "column_names"):  # a datasets.Dataset reads many rows at once faster than one by one
@@ -103,8 +104,9 @@ class _Batches:
             batch = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
             yield batch
             if batch.half_done:
-                raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go through "
-                                 "all of its micro-batches, or forget them with private.zero_grad() and say so with batch.give_up()")
+                raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go "
+                                 "through all of its micro-batches, or forget them with private.zero_grad() and say so with "
+                                 "batch.give_up()")
 
 
 class PoissonBatches(_Batches):

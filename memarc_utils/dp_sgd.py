@@ -218,7 +218,7 @@ class PrivateOptimizer:
                              "empty ones too, needs its private.step() before the state is taken")
         return {"plan": self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1],
                 "model": _cloned(self.model.state_dict()), "optimizer": _cloned(self.optimizer.state_dict()),
-                "noise_generator": self.noise_generator.get_state(), "dropout": torch.get_rng_state(),
+                "noise_generator": self.noise_generator.get_state(), "dropout": _global_states(self.noise_generator.device),
                 "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "sampler": None if sampler is None else sampler.state_dict()}
 
@@ -251,10 +251,21 @@ class PrivateOptimizer:
         else:
             seed_from_operating_system(self.noise_generator)
         if "dropout" in state:
-            torch.set_rng_state(state["dropout"])  # masks go on, too: a resumed run repeats nothing and releases what the first would have
+            _set_global_states(state["dropout"], self.noise_generator.device)  # masks go on, too, as in a run that was not cut
         self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])
+
+
+def _global_states(device: torch.device) -> list[Tensor]:
+    """States of the generators that dropout draws from: torch's own, and that of the parameters' CUDA device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_global_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _cloned(state):

@@ -146,6 +146,8 @@ class Cell:
             raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
                              f"{self.rates!r}")
         check_clipping(self.clipping, self.max_grad_norm)
+        if self.without_noise and not math.isfinite(self.epsilon):
+            raise ValueError("without_noise takes the noise out of a private run's steps: give the epsilon whose steps they are")
         for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
             if count is not None and not (isinstance(count, int) and count >= 1):
                 raise ValueError(f"{name} must be a whole number >= 1, or None for all, got {count!r}")
@@ -277,16 +279,16 @@ def finished(cell: Cell) -> bool:
     for row, same_code in rows_of(cell):
         if not same_code:
             theirs, ours = json.loads(row["settings"])["code"], cell.settings()["code"]
-            raise ValueError(f"{table_of(cell.experiment).name} has rows of {cell.method} on {cell.dataset} that other code made ({theirs}, "
-                             f"now {ours}). If today's code changes no number, show it: python -m memarc_utils.grids recheck {cell.dataset} "
-                             f"{cell.method}; else move them away, or check out the code that made them (commit {row['commit']})")
+            raise ValueError(f"{table_of(cell.experiment).name} has rows of {cell.method} on {cell.dataset} that other code made "
+                             f"({theirs}, now {ours}). If today's code changes no number, show it: python -m memarc_utils.grids recheck "
+                             f"{cell.dataset} '{cell.method}'; else move them away, or check out the code that made them (commit {row['commit']})")
         found = found or (row["seed"] == str(cell.seed) and row["metric"] == _LAST_METRIC)
     return found
 
 
 def recheck(cell: Cell) -> bool:
-    """Runs a recorded cell again. If both accuracies come out equal to the last digit, ``data/results/same_results.json`` says so, and rows
-    of the older code count as rows of today's for this method (`summary.canonical_code`).
+    """Runs a recorded cell again. If both accuracies come out equal to the last digit, ``data/results/same_results.json`` says so, and
+    rows of the older code count as rows of today's for this method (`summary.canonical_code`).
 
     Returns:
         False if the cell's row is of today's code, or of code known to be the same: nothing was run.
@@ -307,12 +309,13 @@ def recheck(cell: Cell) -> bool:
     for code, values in others.items():
         again = {metric: found[metric] for metric in values}
         if again != values:
-            raise ValueError(f"{cell.method} on {cell.dataset}: {values} by code {code}, {again} today. The rows are of another method now: move "
-                             f"them out of {table_of(cell.experiment).name} and run the grid anew")
+            raise ValueError(f"{cell.method} on {cell.dataset}: {values} by code {code}, {again} today. The rows are of another method "
+                             f"now: move them out of {table_of(cell.experiment).name} and run the grid anew")
         path = RESULTS / "same_results.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        known.append({"method": cell.method, "dataset": cell.dataset, "seed": cell.seed, "target_epsilon": cell.settings()["target_epsilon"],
-                      "old": canonical_code(cell.method, code), "new": wanted, **again, "date": datetime.date.today().isoformat()})
+        known.append({"method": cell.method, "dataset": cell.dataset, "seed": cell.seed,
+                      "target_epsilon": cell.settings()["target_epsilon"], "old": canonical_code(cell.method, code), "new": wanted,
+                      **again, "date": datetime.date.today().isoformat()})
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return True
 

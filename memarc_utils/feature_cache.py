@@ -76,8 +76,8 @@ class CachedFeatures:
             raise IndexError(f"row {i} of {len(self)}")
         row = self.dataset[i]
         if _checksum(row) != self._sums[i]:
-            raise ValueError(f"row {i} has other tokens than when its features were computed: call cache_features again, or what was taken out of "
-                             "the data set would still be trained on")
+            raise ValueError(f"row {i} has other tokens than when its features were computed: call cache_features again, or what was taken "
+                             "out of the data set would still be trained on")
         start, end = self._starts[i] - self._starts[first], self._starts[i + 1] - self._starts[first]
         taps, final = (torch.from_numpy(np.array(part[start:end])) for part in self._shards[number])
         return {**row, "inputs_embeds": torch.cat([taps.view(torch.bfloat16).float(), final], 1)}

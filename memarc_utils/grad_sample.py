@@ -187,7 +187,8 @@ class GradSampler:
 
     def clear(self) -> None:
         """Forgets sums and whatever an aborted backward pass left."""
-        self.sums, self.foreign_backward, self.half_done, self._model_calls, self._backwards, self._layer_called = {}, False, False, 0, 0, False
+        self.sums, self.foreign_backward, self.half_done, self._layer_called = {}, False, False, False
+        self._model_calls = self._backwards = 0
         self._probe.next_step()
         self._forget_backward()
 
@@ -214,8 +215,7 @@ class GradSampler:
     def with_batch_axis(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, bool]:
         """Makes the first axis the batch: positions that come as (1, T) are expanded, rows folded to B·T are noted."""
         batch = self._recording_for or self._batch or inputs[0].shape[0]
-        if self._recording_for is None:
-            self._layer_called = True
+        self._layer_called |= self._recording_for is None  # what is recomputed is no new use
         def is_lookup(t):
             return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
 
@@ -288,8 +288,8 @@ class GradSampler:
         self.check_parameters()
         self.check_whole()
         if 0 < self._model_calls <= self._backwards and not self._layer_called:
-            raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts twice. Add "
-                             "the losses of an example up, losses_a + losses_b, and call private.backward once for each model call")
+            raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts "
+                             "twice. Add an example's losses up, losses_a + losses_b, and call private.backward once a model call")
         self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
         self._finite, self._group_squares = torch.isfinite(losses.detach()), []
         self._finite_losses, device = self._finite, losses.device.type

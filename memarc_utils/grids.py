@@ -3,8 +3,8 @@
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
 every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
 of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
-measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again after
-the code changed: if its numbers are the same, the rows go on counting.
+measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
+``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
 """
 
 import csv
@@ -154,9 +154,11 @@ def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), expe
                       device="cpu", trainable_share=None, settings=settings, **nothing)
 
 
-def _recheck(dataset: str = "", method: str = "") -> None:
+def _recheck(arguments: list[str]) -> None:
     """One recorded cell of a method again, by today's code."""
-    cells = [cell for cell in GRIDS.get(dataset, list)() if cell.method == method and any(row["seed"] == str(cell.seed) for row, _ in rows_of(cell))]
+    dataset, method = arguments if len(arguments) == 2 else ("", "")
+    cells = [cell for cell in GRIDS.get(dataset, list)() if cell.method == method]
+    cells = [cell for cell in cells if any(row["seed"] == str(cell.seed) for row, _ in rows_of(cell))]
     if not cells:
         raise SystemExit(f"nothing is recorded of method {method!r} on data {dataset!r}: write recheck film_reviews lora, for instance")
     print("the same numbers by today's code" if recheck(cells[0]) else "the rows are of today's code already")
@@ -169,7 +171,7 @@ def main(arguments: list[str]) -> None:
         alone[names[0]]()
         return
     if names[0] == "recheck":
-        _recheck(*names[1:])
+        _recheck(names[1:])
         return
     if unknown := [name for name in names if name not in GRIDS]:
         raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, to measure "

@@ -98,17 +98,18 @@ def check_sampler(sampler, plan: PrivacyPlan) -> None:
         raise ValueError("the batches were made with another plan than this optimizer: its ε would be that of other batches. Make both "
                          "with one plan, poisson_batches(dataset, private.plan)")
     if sampler is None and plan.sampling == "shuffled":
-        raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order and "
-                         "some examples come twice")
+        raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order "
+                         "and some examples come twice")
 
 
 class WatchedBuffers:
     """Remembers a model's buffers and frozen parameters; what a forward pass keeps of a batch in one is private data without noise.
 
-    Up to `_SAMPLE` numbers are compared whole, bit by bit: a write of the value that was there already is none. Of many frozen
-    parameters each check reads some, drawn anew, and looks at the others' versions alone. A larger tensor must
+    Up to `_SAMPLE` numbers are compared whole, bit by bit: a write of the value that was there already is none. A larger tensor must
     be the same object, not written in place (torch counts that, but for writes through ``.data``), and equal in as many numbers
-    spread over it. Of meta and fake tensors, and of tensors of a type of their own (sharded, quantized), no number is read.
+    spread over it. Of more than `_MOST_READ` frozen parameters a check reads the numbers of so many, drawn anew each time, and looks
+    at the others' versions alone. Of meta and fake tensors, and of tensors of a type of their own (sharded, quantized), no number is
+    read.
 
     Args:
         trainable: watch what trains as well.
@@ -135,7 +136,7 @@ class WatchedBuffers:
         watched = list(self._watched())
         read = [k for k, (kind, _, _) in enumerate(watched) if kind != "frozen parameter"]
         frozen = [k for k, (kind, _, _) in enumerate(watched) if kind == "frozen parameter"]
-        read += frozen if len(frozen) <= _MOST_READ else random.SystemRandom().sample(frozen, _MOST_READ)  # of a large body others each time
+        read += frozen if len(frozen) <= _MOST_READ else random.SystemRandom().sample(frozen, _MOST_READ)
         contents = dict(zip(read, _fingerprints([watched[k][2] for k in read])))
         for k, (kind, name, tensor) in enumerate(watched):
             before, version, kept = self._kept.get(name, (None, 0, None))

@@ -31,7 +31,8 @@ def num_tokens(row: Mapping[str, Any]) -> int | None:
     return None
 
 
-def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0, padding: Mapping[str, int | float] | None = None) -> dict[str, Tensor]:
+def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0,
+             padding: Mapping[str, int | float] | None = None) -> dict[str, Tensor]:
     """Stacks rows to tensors; lists, arrays and tensors are padded on the right to the longest row of this micro-batch.
 
     ``input_ids`` are padded with ``pad_token_id``, ``labels`` with -100, masks, types and positions with 0; columns that hold text are
@@ -61,8 +62,8 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], pad_token_id: int = 0, padding: 
     for name, values in columns.items():
         missing = sum(value is None for value in values)
         if 0 < missing < len(values):
-            raise ValueError(f"the column {name} is None in {missing} of {len(values)} rows: fill it in everywhere or leave it out, or what an "
-                             "example is read with depends on its neighbours")
+            raise ValueError(f"the column {name} is None in {missing} of {len(values)} rows: fill it in everywhere or leave it out, or "
+                             "what an example is read with depends on its neighbours")
         if not missing and not _is_text(values[0]):
             batch[name] = _stacked(name, values, fills)
     return batch
@@ -77,7 +78,7 @@ def _stacked(name: str, values: list, fills: Mapping[str, int | float]) -> Tenso
         return torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values)
     longest = max(map(len, values))
     if all(len(value) == longest for value in values):
-        return torch.tensor([list(v) for v in values]) if isinstance(values[0], (list, tuple)) else torch.stack([torch.as_tensor(v) for v in values])
+        return torch.tensor(values) if isinstance(values[0], (list, tuple)) else torch.stack([torch.as_tensor(v) for v in values])
     if name not in fills:
         raise ValueError(f"the column {name} has rows of several lengths, and what its padding shall be is not known: pass "
                          f"collate=lambda rows: pad_rows(rows, padding={{{name!r}: -100}}), with a number that the loss leaves out")
@@ -103,5 +104,5 @@ def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: T
     wrong = masked if input_ids is None else masked & (input_ids != pad) if input_ids.shape == masked.shape else None
     if wrong is not None and bool(wrong.any()):
         raise ValueError(f"{type(module).__name__} reads the last token that is not the pad token {pad}, and a masked position holds "
-                         f"{'no token (inputs_embeds alone)' if input_ids is None else int(input_ids[wrong][0])}: what an example is classified "
-                         f"by would depend on its longest neighbour. Pad with pad_token_id={pad} (model.config.pad_token_id)")
+                         f"{'no token (inputs_embeds alone)' if input_ids is None else int(input_ids[wrong][0])}: what an example is "
+                         f"classified by would depend on its longest neighbour. Pad with pad_token_id={pad} (model.config.pad_token_id)")

@@ -122,7 +122,8 @@ def plot_memory_against_accuracy(
             fillstyle="none" if num_runs and row[num_runs] < 3 else "full",
         )
         crowded = any(abs(math.log(at[0] / x)) < 0.5 and abs(at[1] - y) < near for x, y in placed)
-        axes.annotate(look.label, at, xytext=(-10, -16) if crowded else (10, 6), textcoords="offset points", ha="right" if crowded else "left")
+        offset, side = ((-10, -16), "right") if crowded else ((10, 6), "left")
+        axes.annotate(look.label, at, xytext=offset, textcoords="offset points", ha=side)
         placed.append(at)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

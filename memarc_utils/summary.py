@@ -83,7 +83,8 @@ def accuracy_table(dataset: str, experiment: str = "31_classification") -> pd.Da
     table = table[table["dataset"] == dataset]
     if table.empty:
         raise ValueError(f"no run on {dataset!r} is recorded in {experiment}: run its grid first (make experiments)")
-    wide = {label(method): {_title(row.epsilon): _cell(row) for row in rows.itertuples()} for method, rows in table.groupby("method", sort=False)}
+    wide = {label(method): {_title(row.epsilon): _cell(row) for row in rows.itertuples()}
+            for method, rows in table.groupby("method", sort=False)}
     return pd.DataFrame.from_dict(wide, orient="index", columns=[_title(e) for e in EPSILONS]).fillna("").rename_axis("method")
 
 

@@ -258,9 +258,10 @@ KINDS = {"list": list, "tensor": torch.tensor, "array": np.array}
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_holds_the_tokens_changes_nothing(kind):
-    """Tensors and arrays, as datasets.Dataset.with_format gives them, are padded and masked as lists are: a label of 0 would be a target."""
+    """Tensors and arrays, as with_format of a data set gives them, are padded and masked as lists are: a label of 0 would be a target."""
     rows = [{"input_ids": [7] * n, "labels": [5] * n, "class": n} for n in (2, 5, 3)]
-    want, got = pad_rows(rows, 9), pad_rows([{name: KINDS[kind](v) if isinstance(v, list) else v for name, v in row.items()} for row in rows], 9)
+    held = [{name: KINDS[kind](v) if isinstance(v, list) else v for name, v in row.items()} for row in rows]
+    want, got = pad_rows(rows, 9), pad_rows(held, 9)
     assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
     assert want["labels"][0].tolist() == [5, 5, -100, -100, -100] and want["input_ids"][0].tolist() == [7, 7, 9, 9, 9]
 

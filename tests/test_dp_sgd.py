@@ -882,6 +882,27 @@ def test_a_run_cut_in_two_is_the_same_run():
         private.step()
 
 
+def test_a_resumed_run_goes_on_with_its_dropout():
+    """Weights after two steps at once, and after one, a state, and one more in a process that has drawn other random numbers."""
+    def one(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+        return model, private_sgd(model, plan_for_tests(noise_multiplier=1.0), seed=3)
+
+    def step(model, private, number):
+        private.backward(model(x_of(5, seed=number)).square().sum(1))
+        private.step()
+
+    model, private = one(seed=1)
+    step(model, private, 0)
+    state = private.state_dict()
+    step(model, private, 1)
+    again, resumed = one(seed=2)
+    resumed.load_state_dict(state)
+    step(again, resumed, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
 def test_a_resumed_run_does_not_repeat_noise():
     """The noise of steps 4 to 6 is none of that of steps 1 to 3, though the process starts with the same seed."""
     plan = plan_for_tests(**RESUME_PLAN)

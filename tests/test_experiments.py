@@ -120,6 +120,20 @@ def test_a_cell_without_noise_is_the_private_one_with_sigma_zero(few_rows):
     noisy, bare = run_cell(cell()), run_cell(cell(without_noise=True))
     assert bare["sigma"] == 0 and math.isinf(bare["epsilon"]) and noisy["sigma"] > 0
     assert cell().settings().keys() ^ cell(without_noise=True).settings().keys() == {"without_noise"}
+    with pytest.raises(ValueError, match="without_noise takes the noise out of a private run's steps"):
+        cell(epsilon=math.inf, without_noise=True)
+
+
+def test_the_share_of_the_largest_class(few_rows):
+    labels = [row["labels"] for row in sixty_rows("film_reviews", 10)["test"]]
+    ones = sum(labels)
+    assert experiments.majority_share(cell()) == max(ones, len(labels) - ones) / len(labels)
+
+
+def test_a_recheck_of_what_is_not_there_is_told(few_rows):
+    for arguments in ([], ["film_reviews"], ["film_reviews", "nothing"], ["nowhere", "lora"], ["film_reviews", "lora", "more"]):
+        with pytest.raises(SystemExit, match="write recheck film_reviews lora"):
+            main(["recheck", *arguments])
 
 
 def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from memarc_utils import notebooks
-from memarc_utils.notebook_outputs import add_alt_texts, code_hash
+from memarc_utils.notebook_outputs import code_hash
 from memarc_utils.recording import read_records
 
 TESTS = Path(__file__).resolve().parent

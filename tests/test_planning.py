@@ -14,6 +14,7 @@ from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.dp_sgd import make_private
 from memarc_utils.feature_cache import side_of
 from memarc_utils.memory import largest_batch, measure_step, plan_memory, saved_bytes
+from memarc_utils.probe import Probe
 from memarc_utils.methods import METHODS, SHAPES
 from memarc_utils.training import causal_lm_losses, classification_losses
 
@@ -29,7 +30,8 @@ SMALL = {
 
 
 def no_noise(batch_size=BATCH):
-    return PrivacyPlan(dataset_size=1000, expected_batch_size=batch_size, num_steps=100, noise_multiplier=0.0, max_grad_norm=1.0, delta=1e-5)
+    return PrivacyPlan(dataset_size=1000, expected_batch_size=batch_size, num_steps=100, noise_multiplier=0.0, max_grad_norm=1.0,
+                       delta=1e-5)
 
 
 def real_step(family, method, task, clipping="flat", engine="book-keeping", checkpointing=False, device="cpu"):
@@ -55,9 +57,10 @@ def real_step(family, method, task, clipping="flat", engine="book-keeping", chec
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return step
-    private = make_private(model, optimizer, no_noise(), clipping=clipping, mode="per_example" if engine == "per-example" else "book_keeping",
+    private = make_private(model, optimizer, no_noise(), clipping=clipping,
+                           mode="per_example" if engine == "per-example" else "book_keeping",
                            noise_generator=torch.Generator().manual_seed(0))
-    private.sampler._probe._schedule.on = private.sampler._probe._schedule.due = False  # it runs in some steps only, and not on fake tensors
+    private.sampler._probe = Probe(set())  # it runs in some steps only, and not on fake tensors
 
     def step():
         private.backward(losses(model, {name: t.clone() for name, t in batch.items()}))
@@ -68,7 +71,8 @@ def real_step(family, method, task, clipping="flat", engine="book-keeping", chec
 
 CASES = [*(("encoder", method, "classification", {}) for method in METHODS if method != "bitfit with added biases"),
          ("encoder", "full", "classification", {"engine": "per-example"}), ("encoder", "full", "classification", {"engine": "non-private"}),
-         ("encoder", "lora", "classification", {"checkpointing": True}), ("encoder", "rev-lora", "classification", {"clipping": "per_layer"}),
+         ("encoder", "lora", "classification", {"checkpointing": True}),
+         ("encoder", "rev-lora", "classification", {"clipping": "per_layer"}),
          ("encoder", "full", "classification", {"clipping": "per_layer"}),
          *((family, method, "causal-lm", {}) for family in ("gpt2", "llama") for method in ("lora", "side", "rev-lora")),
          ("llama", "bitfit with added biases", "causal-lm", {}), ("opt", "full", "classification", {})]
@@ -138,7 +142,8 @@ def test_a_longer_or_larger_batch_takes_more():
 
 
 def test_two_passes_keep_the_graph_and_the_gradients():
-    plain, ghost = (plan_memory("tiny", "full", BATCH, TOKENS, engine=engine, optimizer="sgd") for engine in ("non-private", "two-pass ghost"))
+    plain, ghost = (plan_memory("tiny", "full", BATCH, TOKENS, engine=engine, optimizer="sgd")
+                    for engine in ("non-private", "two-pass ghost"))
     assert ghost.peak_bytes > plain.peak_bytes and ghost.gradients > plain.gradients
 
 
@@ -158,9 +163,11 @@ def test_largest_batch_is_zero_where_one_example_does_not_fit():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model": "bert-huge"}, "model must be one of tiny"), ({"model": nn.Linear(2, 2)}, "got Linear"), ({"method": "LoRA"}, "method must be one of full"),
+    ({"model": "bert-huge"}, "model must be one of tiny"), ({"model": nn.Linear(2, 2)}, "got Linear"),
+    ({"method": "LoRA"}, "method must be one of full"),
     ({"batch_size": 0}, "batch_size must be a whole number >= 1"), ({"num_tokens": 2000}, "more than the 1026 positions"),
-    ({"dtype": torch.int8}, "dtype must be one of"), ({"engine": "opacus"}, "engine must be one of"), ({"task": "ner"}, "task must be one of"),
+    ({"dtype": torch.int8}, "dtype must be one of"), ({"engine": "opacus"}, "engine must be one of"),
+    ({"task": "ner"}, "task must be one of"),
     ({"method": "rev-lora", "checkpointing": True}, "recomputes its activations itself"), ({"clipping": "norm"}, "clipping must be"),
     ({"method": "side-cached", "engine": "zeroth order"}, "runs no backbone"),
     ({"optimizer": "lion"}, "optimizer must be one of"), ({"clipping": "per_layer", "engine": "non-private"}, "is our engine's"),
@@ -192,6 +199,7 @@ def test_eight_billion_parameters_in_little_memory():
     code = ("import json, resource; from memarc_utils.memory import plan_memory; import torch; "
             "plan = plan_memory('llama-3-8b', 'side', 4, 256, torch.bfloat16); "
             "print(json.dumps([plan.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]))")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parents[1])
     parameters, gigabytes = json.loads(done.stdout.strip().splitlines()[-1])
     assert parameters > 16e9 and gigabytes <= 4

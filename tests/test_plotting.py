@@ -34,6 +34,13 @@ def test_memory_against_accuracy_draws_each_method_where_the_table_says():
     assert axes.get_xscale() == "log"
 
 
+def test_few_runs_are_drawn_hollow_and_labels_keep_apart():
+    table = pd.DataFrame({"method": ["lora", "bitfit"], "peak_memory_mb": [100.0, 101.0], "accuracy": [0.73, 0.729], "n": [3, 2]})
+    axes = plotting.plot_memory_against_accuracy(table, num_runs="n")
+    assert {line.get_marker(): line.get_fillstyle() for line in axes.lines if line.get_marker() in "s^"} == {"s": "full", "^": "none"}
+    assert [text.get_ha() for text in axes.texts] == ["left", "right"]
+
+
 def test_bars_keep_the_order_of_the_table():
     axes = plotting.plot_bars(TABLE, "peak_memory_mb", label="MB", std="std")
     assert [bar.get_width() for bar in axes.patches] == [900.0, 300.0]

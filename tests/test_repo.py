@@ -136,7 +136,7 @@ def test_no_word_of_a_machine_and_nothing_left_to_do():
 
 
 @pytest.mark.parametrize(
-    "text", ["see /home/ann/x", "'/tmp/x'", "10.0.0.1", "https://pypi.org", "issue 2", "# TODO", r"C:\Users\ann"]
+    "text", ["see /home/user/x", "'/tmp/x'", "10.0.0.1", "https://pypi.org", "issue 2", "# TODO", r"C:\Users\user"]
 )
 def test_words_of_a_machine_are_seen(text):
     assert MACHINE.search(text)

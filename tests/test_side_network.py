@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memarc_utils.adapters import add_lora
-from memarc_utils.side_blocks import Gate, Mix, Orthogonal, Pooled, SideBlock
+from memarc_utils.side_blocks import Gate, SideBlock
 from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
 from memarc_utils.training import parameter_groups
 from tests.models import CASE_IDS, CASES, loop_gradients, padded_batch, plain_losses, private_sgd, seeded, shake, tiny
