@@ -45,7 +45,7 @@ class StepCase:
 
     Attributes:
         method: what trains, a key of `METHODS`. ``side-cached`` reads its features from disk, at side width (reduction 8, a
-            pooled downsample); the others run the backbone.
+            pooled downsample), ``side-cached learned`` at full width of every second block; the others run the backbone.
         engine: ``non-private`` (mean loss), ``book-keeping`` (ours), ``opacus hooks``, ``opacus ghost``, ``zeroth order`` (one
             direction).
         shape: a key of `SHAPES`, random weights, classification head, dropout as published.
@@ -78,8 +78,8 @@ class StepCase:
         for name in ("batch_size", "num_tokens", "threads", "repeats"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
-        if self.method == "side-cached" and (self.checkpointing or self.engine not in ("non-private", "book-keeping")):
-            raise ValueError("side-cached is measured without checkpointing, as non-private or book-keeping")
+        if self.method.startswith("side-cached") and (self.checkpointing or self.engine not in ("non-private", "book-keeping")):
+            raise ValueError(f"{self.method} is measured without checkpointing, as non-private or book-keeping")
         if self.method.startswith("rev") and (self.checkpointing or self.engine.startswith("opacus")):
             raise ValueError(f"{self.method} recomputes its activations itself: measure it without checkpointing and without opacus, whose "
                              "hooks do not see what is recomputed")
@@ -175,7 +175,7 @@ def _prepared_step(case: StepCase) -> Callable[[], None]:
     if case.engine.startswith("opacus") and case.shape == "gpt2":
         model.transformer.wpe.requires_grad_(False)  # positions that broadcast over the batch crash opacus
     optimizer = OPTIMIZERS[case.optimizer]([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    draw_batch = _cached_batches(case, model) if case.method == "side-cached" else _standing_batch(case, model)
+    draw_batch = _cached_batches(case, model) if case.method.startswith("side-cached") else _standing_batch(case, model)
     make = {"non-private": _non_private_step, "book-keeping": _book_keeping_step, "zeroth order": _zeroth_order_step}
     return make.get(case.engine, _opacus_step)(case, model, optimizer, draw_batch)
 

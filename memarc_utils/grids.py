@@ -72,7 +72,8 @@ GRIDS: dict[str, Callable[[], list[Cell]]] = {
 
 def _step_cases() -> list[StepCase]:
     """Every method of this collection beside DP-LoRA, in one run; depth by per-layer clipping; totals at RoBERTa-large's shape."""
-    ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "rev-lora", "bitfit")]
+    ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "side-cached learned", "rev-lora", "bitfit",
+                                                              "ffa-lora", "adapters", "probe", "full")]
     deep = [StepCase("rev-lora", "book-keeping", shape, clipping="per_layer", repeats=1)
             for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
     large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}

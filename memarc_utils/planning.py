@@ -310,7 +310,7 @@ class _Step:
 def _batch(model: nn.Module, method: str, task: str, batch_size: int, num_tokens: int) -> dict[str, Tensor]:
     labels = (batch_size, num_tokens) if task == "causal-lm" else (batch_size,)
     batch = {"labels": torch.zeros(labels, dtype=torch.long)}
-    if method == "side-cached":
+    if method.startswith("side-cached"):
         side = side_of(model)
         return {"inputs_embeds": torch.zeros(batch_size, num_tokens, len(side.taps) * side.tapped_width + side.width), **batch}
     return {"input_ids": torch.zeros(batch_size, num_tokens, dtype=torch.long), **batch}
@@ -376,8 +376,8 @@ def _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task
     positions = getattr(config, "max_position_embeddings", None) or num_tokens
     if num_tokens > positions:
         raise ValueError(f"num_tokens={num_tokens} is more than the {positions} positions of this {config.model_type} model")
-    if method == "side-cached" and (checkpointing or engine == "zeroth order"):
-        raise ValueError("side-cached runs no backbone: plan it without checkpointing and not with zeroth order")
+    if method.startswith("side-cached") and (checkpointing or engine == "zeroth order"):
+        raise ValueError(f"{method} runs no backbone: plan it without checkpointing and not with zeroth order")
     if method.startswith("rev") and (checkpointing or engine == "two-pass ghost"):
         raise ValueError(f"{method} recomputes its activations itself and frees them on the way: plan it without checkpointing, and not "
                          "with two-pass ghost, whose first pass would have to keep the graph")

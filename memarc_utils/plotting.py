@@ -221,7 +221,8 @@ def plot_stacked_bars(
     decimals: int = 0,
     axes: Axes | None = None,
 ) -> Axes:
-    """One horizontal bar a method, made of parts, in the order of the table (baseline first), each with its sum.
+    """One horizontal bar a method, made of parts, in the order of the table (baseline first), each with its sum,
+    or with the number that is marked on it.
 
     Parts have colours of their own; a method's colour is that of its name.
 
@@ -250,8 +251,8 @@ def plot_stacked_bars(
         ends = ends + table[column]
     if mark:
         shown += axes.plot(table[mark].to_list(), rows, "D", color="black", markeredgecolor="white", label=mark)
-    for row, end, right in zip(rows, ends, ends if mark is None else ends.combine(table[mark], max)):
-        axes.annotate(f"{end:.{decimals}f}", (right, row), xytext=(8, 0), textcoords="offset points", va="center")
+    for row, number, right in zip(rows, table[mark] if mark else ends, ends.combine(table[mark], max) if mark else ends):
+        axes.annotate(f"{number:.{decimals}f}", (right, row), xytext=(8, 0), textcoords="offset points", va="center")
     axes.set_yticks(rows, table[names].to_list() if names else [look.label for look in looks])
     for tick, look in zip(axes.get_yticklabels(), looks):
         tick.set(color=look.color, fontweight="bold")

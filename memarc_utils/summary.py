@@ -14,17 +14,19 @@ RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
 # Rows of the README's table: name there, method in the accuracy grid, method and settings in the step costs.
 HEADLINE = {
-    "full fine-tuning": ("full", None, {}),
+    "full fine-tuning": ("full", "full", {}),
     "DP-LoRA": ("lora", "lora", {"checkpointing": False}),
     "DP-LoRA, checkpointed": (None, "lora", {"checkpointing": True}),
-    "DP-FFA-LoRA": ("ffa-lora", None, {}),
-    "adapters": ("adapters", None, {}),
+    "DP-FFA-LoRA": ("ffa-lora", "ffa-lora", {}),
+    "adapters": ("adapters", "adapters", {}),
     "DP-BiTFiT": ("bitfit", "bitfit", {}),
-    "linear probe": ("linear-probe", None, {}),
+    "linear probe": ("linear-probe", "probe", {}),
     "reversible, LoRA": ("rev-lora", "rev-lora", {}),
     "side network": (None, "side", {}),
-    "side network, cached": ("side-cached", "side-cached", {}),
+    "side network, cached": ("side-cached", "side-cached learned", {}),
+    "side network, cached, pooled": (None, "side-cached", {}),
 }
+COST_OF = {in_grid: in_costs for in_grid, in_costs, _ in HEADLINE.values() if in_grid and in_costs}  # the same network's step
 
 
 def canonical_code(method: str, code: str) -> str:

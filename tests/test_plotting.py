@@ -82,7 +82,7 @@ def test_stacked_bars_add_up():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["weights", "activations"]
     axes = plotting.plot_stacked_bars(table, ["weights"], label="MB", mark="peak_memory_mb")
     assert axes.lines[0].get_xydata().tolist() == [[900.0, 0.0], [300.0, 1.0]]
-    assert [text.xy[0] for text in axes.texts] == [900, 300]  # the sums stand beside the diamonds
+    assert [text.xy[0] for text in axes.texts] == [900, 300] and [text.get_text() for text in axes.texts] == ["900", "300"]  # the marked numbers
     with pytest.raises(ValueError, match="no part to draw"):
         plotting.plot_stacked_bars(table, [], label="MB")
     with pytest.raises(ValueError, match="below zero"):

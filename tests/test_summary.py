@@ -11,7 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from memarc_utils import data, summary
+from memarc_utils import data, experiments, summary
+from memarc_utils.backbones import tiny_backbone
+from memarc_utils.methods import METHODS
+from memarc_utils.side_network import SideNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,3 +107,17 @@ def test_settings_that_validate_best_count(tmp_path, monkeypatch):
         summary.headline("e")
     with pytest.raises(ValueError, match="nothing is recorded as 'x'"):
         summary.results_of("x")
+
+
+@pytest.mark.parametrize(("in_grid", "in_costs"), summary.COST_OF.items())
+def test_a_row_of_the_headline_speaks_of_one_network(in_grid, in_costs):
+    """Accuracy and memory of a row come from two tables with names of their own: what trains must be the same."""
+    def backbone():
+        model = tiny_backbone("bert", layers=4)
+        model.bert.pooler = None  # as in the default encoder, which pools by a mean
+        return model
+
+    prepared = [prepare(backbone()) for prepare in (experiments.METHODS[in_grid].prepare, METHODS[in_costs])]
+    assert len({sum(p.numel() for p in model.parameters() if p.requires_grad) for model in prepared}) == 1
+    sides = [[part.side_config for part in model.modules() if isinstance(part, SideNetwork)] for model in prepared]
+    assert in_grid == "linear-probe" or sides[0] == sides[1]
