@@ -4,9 +4,13 @@ Each function prepares the model in place and returns it, with the task head tra
 embeddings belongs to the backbone and stays frozen (full fine-tuning trains it).
 """
 
+import math
+from numbers import Real
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from memarc_utils.backbones import block_view, freeze, head_parameters
 from memarc_utils.preparation import recorded
@@ -24,6 +28,24 @@ _LAST_LAYERS = {"bert": {"attention": "attention.output.dense", "mlp": "output.d
                 "llama": {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}}
 
 
+def _checked_heads(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The head's parameters, of a model that nothing keeps from being prepared.
+
+    Raises:
+        ValueError: a side network is there already, or something beside the backbone is no head that is known here.
+    """
+    if any(name.split(".")[-1] == "side_blocks" for name, _ in model.named_modules()):
+        raise ValueError("this model has a side network already: load the backbone anew, no gradient passes a frozen one")
+    heads, base = head_parameters(model), set(block_view(model).base.parameters())
+    known = {*heads.values(), *base}
+    if unknown := [name for name, parameter in model.named_parameters() if parameter not in known]:
+        raise ValueError(f"{unknown[0]} lies beside the backbone and belongs to no head that is known here (a classifier or a language-model "
+                         f"head of a supported type): {type(model).__name__} cannot be prepared")
+    for part in model.modules():
+        part.__dict__.pop("train", None)  # a probe before this held the backbone in evaluation mode
+    return heads
+
+
 def _train_head(model: nn.Module, heads: dict[str, nn.Parameter]) -> None:
     """The head trains beside every method, and so do the adapters that a reversible coupling brought along."""
     coupling = [p for name, p in model.named_parameters() if ".reversible_adapter." in name]
@@ -33,8 +55,15 @@ def _train_head(model: nn.Module, heads: dict[str, nn.Parameter]) -> None:
 
 @recorded
 def select_linear_probe(model: nn.Module) -> nn.Module:
-    """Only the task head trains, on the frozen backbone's features."""
-    heads = head_parameters(model)
+    """Only the task head trains, on the frozen backbone's features.
+
+    Raises:
+        ValueError: no such head, or one that is tied to the embeddings, which would leave nothing to train.
+    """
+    heads = _checked_heads(model)
+    if not heads:
+        raise ValueError("the head is tied to the embeddings, so a linear probe has nothing to train: load the model with "
+                         "tie_word_embeddings=False, or take add_lora")
     freeze(block_view(model).base)
     model.requires_grad_(False)
     _train_head(model, heads)
@@ -56,7 +85,7 @@ def select_bias_terms(model: nn.Module, add_missing: bool = False) -> nn.Module:
     Raises:
         ValueError: the backbone has no bias at all and ``add_missing`` is off; the model is unchanged then.
     """
-    heads, base = head_parameters(model), block_view(model).base
+    heads, base = _checked_heads(model), block_view(model).base
     in_head = {id(p) for p in heads.values()}
     has_bias = any(_is_bias(name) and id(p) not in in_head for name, p in base.named_parameters())
     if not has_bias and not add_missing:
@@ -120,11 +149,11 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
         ValueError: an argument that does not fit, or a model that has adapters, LoRA layers or a side network already; the
             model is unchanged then.
     """
-    heads, view = head_parameters(model), block_view(model)
+    _refuse_adapted(model)
+    heads, view = _checked_heads(model), block_view(model)
     bottleneck = _bottleneck(view.width, reduction, width)
     if not after or set(after) - {"attention", "mlp"} or len(set(after)) < len(after):
         raise ValueError(f'after must be ("attention", "mlp"), ("attention",) or ("mlp",), got {after!r}')
-    _refuse_adapted(model)
     model.requires_grad_(False)
     for block in view.blocks.children():  # a reversible model's list iterates otherwise
         for half in after:
@@ -140,7 +169,7 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
 def _refuse_adapted(model: nn.Module) -> None:
     inside = {part for name, _ in model.named_parameters() for part in name.split(".")}
     for found, words in ((any(isinstance(m, AdaptedLayer) for m in model.modules()), "bottleneck adapters"),
-                         ("lora_A" in inside, "LoRA layers"), ("side_blocks" in inside, "a side network")):
+                         ("lora_A" in inside, "LoRA layers")):
         if found:
             raise ValueError(f"this model has {words} already: load the backbone anew")
 
@@ -149,11 +178,11 @@ def _bottleneck(model_width: int, reduction: int | None, width: int | None) -> i
     if reduction is not None and width is not None:
         raise ValueError(f"give reduction or width, not both (got {reduction} and {width})")
     if width is not None:
-        if not isinstance(width, int) or width < 1:
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"width must be a whole number >= 1, got {width!r}")
         return width
     reduction = 16 if reduction is None else reduction
-    if not isinstance(reduction, int) or reduction < 1 or model_width % reduction:
+    if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1 or model_width % reduction:
         raise ValueError(f"reduction must be a divisor of the model's width {model_width}, got {reduction!r}: change it, or "
                          "give the bottleneck's width itself as width=")
     return model_width // reduction
@@ -167,23 +196,30 @@ def add_lora(backbone: nn.Module, rank: int = 8, alpha: float | None = None, tar
     Args:
         backbone: a model with a head.
         rank: r.
-        alpha: the scale's numerator, 2 r by default.
-        target_modules: names of layers; query and value projections by default.
+        alpha: the scale's numerator, above 0; 2 r by default.
+        target_modules: names of linear layers; query and value projections by default.
         freeze_a: train B only (FFA-LoRA, arXiv 2403.12313): under noise no product of two noisy factors appears.
 
     Raises:
-        ValueError: a rank below 1, or a model whose layers are not known and no target_modules.
+        ValueError: a rank below 1, an alpha that is not above 0, targets that are no linear layers, or a model that cannot be prepared.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
     if any("lora_" in name for name, _ in backbone.named_parameters()):
         raise ValueError("this model has LoRA layers already: load the backbone anew")
-    heads = head_parameters(backbone)
+    if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf):
+        raise ValueError(f"alpha must be a number above 0, or None for 2 × rank, got {alpha!r}")
+    heads = _checked_heads(backbone)
     family = backbone.config.model_type
-    targets = list(target_modules or _QUERY_VALUE[family])
-    config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets, lora_dropout=0.0,
+    targets = list(_QUERY_VALUE[family]) if target_modules is None else target_modules
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f'target_modules must be a tuple of names such as ("query", "value"), got {target_modules!r}')
+    for name, layer in backbone.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets) and not isinstance(layer, (nn.Linear, Conv1D)):
+            raise ValueError(f"{name} is a {type(layer).__name__}, and LoRA is for linear layers here: leave it out of target_modules")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets), lora_dropout=0.0,
                         fan_in_fan_out=family == "gpt2")
     inject_adapter_in_model(config, backbone)  # raises for unknown targets, before anything else is changed
     backbone.requires_grad_(False)
@@ -196,6 +232,7 @@ def add_lora(backbone: nn.Module, rank: int = 8, alpha: float | None = None, tar
 @recorded
 def train_everything(model: nn.Module) -> nn.Module:
     """Full fine-tuning: every parameter trains."""
+    _checked_heads(model)
     return model.requires_grad_(True)
 
 

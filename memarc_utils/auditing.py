@@ -25,7 +25,7 @@ from memarc_utils.membership import (
     AttackReport, Judgement, Threshold, calibrated_scores, choose_threshold, confidence_margins, error_zone_ratio, error_zone_scores,
     evaluate_attack, judge_threshold, lira_scores, loss_scores, score_examples, split_halves, token_evidence)
 from memarc_utils.randomness import seed_from_operating_system, spawn
-from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
+from memarc_utils.sensitivity import SensitivityReport, check_micro_batch, verify_sensitivity
 
 __all__ = [
     "GradientCanaries", "InsertedCanaries", "OneRunAudit", "QuickAudit", "audit_engine", "audit_quickly", "best_of_shares",
@@ -359,9 +359,7 @@ def audit_quickly(model: nn.Module, loss_per_example: Callable, micro_batch: dic
     Raises:
         ValueError: as `make_private` and `audit_engine`.
     """
-    if not micro_batch or not all(isinstance(t, Tensor) and t.dim() for t in micro_batch.values()):
-        raise ValueError("micro_batch must be a dict of tensors with the batch axis first, for example "
-                         "pad_rows([dataset[i] for i in range(4)])")
+    check_micro_batch(micro_batch)
     if plan.noise_multiplier == 0:
         raise ValueError("the plan has no noise, its ε is infinite: there is nothing to contradict. Audit a plan with noise_multiplier > 0")
     some = {name: t[:QUICK_EXAMPLES] for name, t in micro_batch.items()}

@@ -9,6 +9,7 @@ With factor c_i the contribution of example i to the sum has norm c_i ‖g_i‖,
 """
 
 import math
+from numbers import Real
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +24,7 @@ def check_clipping(clipping: str, max_grad_norm: float) -> None:
     """
     if clipping not in CLIPPINGS:
         raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {clipping!r}")
-    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real) or not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be a positive number, got {max_grad_norm!r}")
 
 

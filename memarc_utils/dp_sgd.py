@@ -63,6 +63,11 @@ class PrivateOptimizer:
     """
 
     def __init__(self, model, optimizer, plan, clipping, mode, noise_generator, bookkeeping, noise) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(plan, PrivacyPlan):
+            raise ValueError(f"make_private takes a model, an optimizer and a PrivacyPlan, got {type(model).__name__}, "
+                             f"{type(optimizer).__name__} and {type(plan).__name__}")
+        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
+            raise ValueError(f"noise_generator must be a torch.Generator, or None for one seeded by the operating system, got {noise_generator!r}")
         check_clipping(clipping, plan.max_grad_norm)
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
@@ -80,6 +85,7 @@ class PrivateOptimizer:
         self.steps_taken = self.examples_dropped = self._finite_examples = 0
         self._training_checked = False
         self.gradient_norms: Tensor | None = None
+        self.detached = False
 
     def backward(self, losses: Float[Tensor, " batch"]) -> None:
         """One backward pass over a micro-batch's losses; adds to the clipped sum.
@@ -92,6 +98,7 @@ class PrivateOptimizer:
         Raises:
             ValueError: not one loss per example, or a gradient went past the clipper.
         """
+        self._check_attached()
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
@@ -147,6 +154,7 @@ class PrivateOptimizer:
             self._training_checked = True
 
     def _check_this_rank(self) -> None:
+        self._check_attached()
         if self.steps_taken >= self.plan.num_steps:
             raise ValueError(f"the plan pays for {self.plan.num_steps} steps and all are taken: make a plan with more steps "
                              "from the beginning, its noise will be larger")
@@ -199,7 +207,12 @@ class PrivateOptimizer:
         """Gives the plain model back."""
         self.zero_grad()
         self.sampler.detach()
+        self.detached = True
         return self.model
+
+    def _check_attached(self) -> None:
+        if self.detached:
+            raise ValueError("private.detach() gave the plain model back: call make_private again for more steps")
 
     def state_dict(self, sampler=None) -> dict:
         """Everything a resume needs; loads with ``torch.load(..., weights_only=True)``. Take it between two steps.
@@ -232,6 +245,9 @@ class PrivateOptimizer:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
                 steps, which going back would leave out of ε while their noise would be drawn again.
         """
+        if not isinstance(state, dict) or (lacking := {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"} - set(state)):
+            lacks = f"lacks {', '.join(sorted(lacking))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+            raise ValueError(f"the state {lacks}: give what private.state_dict() returned")
         check_not_begun(self.steps_taken)
         check_sampler(sampler, self.plan)
         kept = ("clipping", "noise", "ranks")

@@ -93,13 +93,19 @@ class OwnTensorsOnly(TorchFunctionMode):
     def __init__(self, own: list[Tensor], trained, name: str) -> None:
         super().__init__()
         self._own, self._trained, self._name = {id(t) for t in own}, trained, name
+        self._views: list[Tensor] = []  # kept alive, so that no other tensor gets the number of one
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         for tensor in torch.utils._pytree.tree_leaves((args, kwargs or {})):
             if isinstance(tensor, Tensor) and id(tensor) not in self._own and (tensor in self._trained or tensor.requires_grad):
                 raise ValueError(f"{self._name} uses a tensor that trains and is neither its own nor an input: its gradient would be "
                                  "lost. Pass it to forward as an argument, or move the layer that owns it inside")
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor not in self._trained:  # a view of its own parameter
+                self._views.append(tensor)
+                self._own.add(id(tensor))
+        return result
 
 
 def per_example_loop(module: nn.Module, *inputs_and_grad: Tensor) -> dict[str, Tensor]:

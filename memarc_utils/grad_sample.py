@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memarc_utils.book_keeping import BOOKKEEPINGS, Grams, HeldGradient, accumulation_dtype, holds_data
 from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
-from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner
+from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner, groups_of
 from memarc_utils.padding import check_padding
 from memarc_utils.probe import Probe
 
@@ -74,6 +74,11 @@ def _autocast_of(ctx, device: str):
         return nullcontext()
     enabled, dtype = ctx.autocast
     return torch.autocast(device, dtype=dtype, enabled=enabled)
+
+
+def full_precision(device: str):
+    """No autocast: norms, factors, sums and noise are float32 or wider, whatever the model computes in."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 class _RecordingForward:
@@ -142,7 +147,7 @@ class GradSampler:
         rules = [check_owner(name, module) for name, module in owners]
         check_no_batch_statistics(model)
         self.note_buffers()
-        self._groups = _groups([module for _, module in owners])
+        self._groups = groups_of([module for _, module in owners])
         if not per_layer:  # clipped together
             self._groups = dict.fromkeys(self._groups, 0)
         self.num_groups = len(set(self._groups.values()))
@@ -153,7 +158,7 @@ class GradSampler:
         self._probe = Probe({name for name, _ in owners} if probe else set())
         self._owner_names = {module: name for name, module in owners}
         self._batch: int | None = None
-        self._tokens: int | None = None
+        self._tokens: set[int] = set()  # lengths of the model calls since the last backward pass
         self._counting = True
         self._model_calls = self._backwards = self._layer_called = 0  # of this step; the last one since its last backward pass
         self._forget_backward()
@@ -204,7 +209,8 @@ class GradSampler:
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:
-            self._batch, self._tokens = lead.shape[0], lead.shape[1] if lead.dim() > 1 else None
+            self._batch = lead.shape[0]
+            self._tokens |= set(lead.shape[1:2])
 
     def count_call(self, module: nn.Module) -> None:
         """How often a group is used before the backward pass tells when its last record has come. A reentrant checkpoint
@@ -221,7 +227,7 @@ class GradSampler:
 
         if all(t.dim() > 0 and t.shape[0] == batch or is_lookup(t) for t in inputs):
             return tuple(t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in inputs), batch, False
-        if self._tokens is not None and all(t.dim() == 2 and t.shape[0] == batch * self._tokens for t in inputs):
+        if any(all(t.dim() == 2 and t.shape[0] == batch * tokens for t in inputs) for tokens in self._tokens):
             return inputs, batch, True
         name = next(self.names[p] for p in module.parameters(recurse=False) if p.requires_grad)
         raise ValueError(
@@ -248,7 +254,16 @@ class GradSampler:
         if group in self._clipped_groups:
             raise ValueError(f"the layer {self._owner_names[module]} was used again after its gradient was clipped by itself, which "
                              'would let an example in twice. Call the model inside the loss only, or take clipping="flat"')
-        for name, kind, tensors in rule.record(module, inputs, grad_output):
+        records = list(rule.record(module, inputs, grad_output))  # under the autocast of the forward, where one computes again
+        with full_precision(grad_output.device.type):
+            self._hold(parameters, records, batch)
+            if self.per_layer and self._calls[group] > 0:  # a use that was not counted waits for the end of the backward pass
+                self._calls[group] -= 1
+                if self._calls[group] == 0:
+                    self._clip_and_add(group)
+
+    def _hold(self, parameters: dict[str, nn.Parameter], records: list[tuple], batch: int) -> None:
+        for name, kind, tensors in records:
             parameter = parameters[name]
             held = self._held.get(parameter)
             if held is None:
@@ -262,10 +277,6 @@ class GradSampler:
             else:
                 raise ValueError(f"the rule for {self.names[parameter]} gave gradients of shape {tuple(tensors.shape)}, "
                                  f"expected {(batch, *parameter.shape)}")
-        if self.per_layer and self._calls[group] > 0:  # a use that was not counted waits for the end of the backward pass
-            self._calls[group] -= 1
-            if self._calls[group] == 0:
-                self._clip_and_add(group)
 
     def backward(self, losses: Float[Tensor, " batch"],
                  clip: Callable[[Float[Tensor, " batch"]], Float[Tensor, " batch"]]
@@ -294,7 +305,7 @@ class GradSampler:
         self._finite, self._group_squares = torch.isfinite(losses.detach()), []
         self._finite_losses, device = self._finite, losses.device.type
         try:
-            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+            with full_precision(device):
                 self._probe.run(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
                 self.check_no_grad()
@@ -307,7 +318,7 @@ class GradSampler:
             return torch.stack(self._group_squares).sum(0).sqrt(), self._finite
         finally:
             self._forget_backward()
-            self._batch, self._tokens, self._backwards, self._layer_called = None, None, self._backwards + 1, False
+            self._batch, self._tokens, self._backwards, self._layer_called = None, set(), self._backwards + 1, False
 
     @torch.no_grad()
     def _clip_and_add(self, group: int) -> None:
@@ -386,15 +397,3 @@ class GradSampler:
         if gone := [name for p, name in self.names.items() if p not in now]:
             raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
                              "private.detach(), change the model, then call make_private again")
-
-
-def _groups(modules: list[nn.Module]) -> dict[nn.Module | nn.Parameter, int]:
-    """Numbers the layers; those that share a trainable parameter, directly or through others, have one number, which
-    their parameters have too. Clipped apart, a tied weight would let its example in once a layer."""
-    groups: dict[nn.Module | nn.Parameter, int] = {}
-    for number, module in enumerate(modules):
-        members = [module, *(p for p in module.parameters(recurse=False) if p.requires_grad)]
-        joined = {groups[member] for member in members if member in groups}
-        groups.update({member: number for member in members})
-        groups.update({member: number for member, old in groups.items() if old in joined})
-    return groups

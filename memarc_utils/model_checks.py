@@ -188,3 +188,15 @@ def _sum_of_bits(tensor: Tensor, weights: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """Below 2^9: with 32 bits of at most 4 * 2^11 numbers every sum is a whole number below 2^53, so no order of adding rounds it."""
     return torch.randint(1, 2**9, (4 * _SAMPLE,), generator=torch.Generator().manual_seed(0)).to(device, torch.float64)
+
+
+def groups_of(modules: list[nn.Module]) -> dict[nn.Module | nn.Parameter, int]:
+    """Numbers the layers; those that share a trainable parameter, directly or through others, have one number, which
+    their parameters have too. Clipped apart, a tied weight would let its example in once a layer."""
+    groups: dict[nn.Module | nn.Parameter, int] = {}
+    for number, module in enumerate(modules):
+        members = [module, *(p for p in module.parameters(recurse=False) if p.requires_grad)]
+        joined = {groups[member] for member in members if member in groups}
+        groups.update({member: number for member in members})
+        groups.update({member: number for member, old in groups.items() if old in joined})
+    return groups

@@ -31,6 +31,8 @@ def recorded(prepare: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         model, *values = bound.arguments.values()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"a model is needed, got {type(model).__name__}: write {prepare.__name__}(load_backbone(...))")
         earlier = getattr(model, "memarc_preparation", {"steps": [], "created": []})
         pretrained = {p for name, p in model.named_parameters() if name not in earlier["created"]}
         result = prepare(*args, **kwargs)

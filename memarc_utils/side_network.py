@@ -57,12 +57,12 @@ class SideNetworkConfig:
 
     def __post_init__(self) -> None:
         for name in ("reduction", "heads"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {getattr(self, name)!r}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.layers != "all" and (not isinstance(self.layers, int) or self.layers < 1):
+        if self.layers != "all" and (isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1):
             raise ValueError(f"layers must be 'all' or a whole number k >= 1 (every k-th block), got {self.layers!r}")
 
 
@@ -102,9 +102,12 @@ class SideNetwork(nn.Module):
             self.mix = Mix(width)
         else:
             nn.init.zeros_(self.up.weight)
+        first = next(base.parameters())
+        for part in (self.downs, self.gates, self.side_blocks, self.up, getattr(self, "mix", None)):  # float32, or wider with the backbone
+            if part is not None:
+                part.to(first.device, torch.promote_types(first.dtype, torch.float32))
         if config.initial_weights == "magnitude":
             start_from_backbone(self.downs, self.side_blocks, [mlps[tap - 1] for tap in self.taps[1:]], width)
-        self.to(next(base.parameters()).device)
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -152,6 +155,8 @@ class SideNetwork(nn.Module):
         hidden = hidden.to(torch.promote_types(hidden.dtype, self.output_dtype))
         mixed = self.mix(hidden, change) if self.side_config.mix == "gated" else hidden + change.to(hidden.dtype)
         changed = {"last_hidden_state": mixed.to(self.output_dtype)}
+        if outputs.get("hidden_states"):  # the last of them is what the head reads
+            changed["hidden_states"] = (*outputs.hidden_states[:-1], changed["last_hidden_state"])
         if self.pooler is not None:
             changed["pooler_output"] = self.pooler(changed["last_hidden_state"])
         return type(outputs)(**{**outputs, **changed})  # built anew: the heads read the entries by position
@@ -240,7 +245,11 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     Raises:
         ValueError: not such a model, it has a side network already, or the config does not fit its width.
     """
+    if not isinstance(config, SideNetworkConfig):
+        raise ValueError(f"config must be a SideNetworkConfig, got {type(config).__name__}: write SideNetworkConfig(reduction=8)")
     name = getattr(backbone, "base_model_prefix", "")
+    if any("lora_" in key for key, _ in backbone.named_parameters()) or any(type(m).__name__ == "AdaptedLayer" for m in backbone.modules()):
+        raise ValueError("this model has LoRA layers or adapters, which would get no gradient beside a side network: load the backbone anew")
     if any(isinstance(m, SideNetwork) for m in backbone.modules()):
         raise ValueError("this model has a side network already: load the backbone anew to attach another")
     if any(".reversible" in type(module).__module__ for module in backbone.modules()):
@@ -257,6 +266,10 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     for module in (side.downs, side.gates, side.side_blocks, side.up, getattr(side, "mix", None), side.pooler):
         if module is not None:
             module.requires_grad_(True)
+    if causal and config.block == "attention":  # it keeps no cache of earlier tokens: generate() computes them again
+        for settings in (backbone.config, getattr(backbone, "generation_config", None)):
+            if settings is not None:
+                settings.use_cache = False
     if not view.tied:
         for head, module in view.heads.items():
             module.to(side.up.weight.dtype).requires_grad_(True)  # a backbone in bfloat16 keeps its heads in float32

@@ -47,7 +47,12 @@ def progress(steps: Iterable, description: str, total: int | None = None) -> Ite
 def classification_losses(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " batch"]:
     """Cross-entropy of each example."""
     inputs = {name: t for name, t in batch.items() if name != "labels"}
-    return F.cross_entropy(model(**inputs).logits.float(), batch["labels"], reduction="none")
+    return F.cross_entropy(_wide(model(**inputs).logits), batch["labels"], reduction="none")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """float32, or float64 as it is."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once: int = 64) -> Float[Tensor, " batch"]:
@@ -57,6 +62,8 @@ def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once:
     ``tokens_at_once`` positions at a time and recomputed in the backward pass, so that logits (B, T, vocabulary) never
     stand whole.
     """
+    if isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1:
+        raise ValueError(f"tokens_at_once must be a whole number >= 1, got {tokens_at_once!r}")
     labels = batch["labels"][:, 1:]
     inputs = {name: t for name, t in batch.items() if name != "labels"}
     base = getattr(model, model.base_model_prefix)
@@ -65,7 +72,7 @@ def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once:
     head = model.get_output_embeddings()
 
     def summed(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden).float()
+        logits = _wide(head(hidden))
         return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
 
     pieces = zip(hidden.split(tokens_at_once, 1), labels.split(tokens_at_once, 1))

@@ -1,6 +1,8 @@
 """`adapters`: each method starts exactly at the pre-trained model, trains what it says, and is clipped right in all
 families."""
 
+import math
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -8,6 +10,7 @@ from torch import nn
 
 from memarc_utils.adapters import AdaptedLayer, add_bottleneck_adapters, add_lora, select_bias_terms
 from memarc_utils.adapters import select_linear_probe, train_everything, trainable_share
+from memarc_utils.backbones import tiny_backbone
 from memarc_utils.dp_sgd import verify_sensitivity
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, private_sgd, shake, tiny
@@ -279,3 +282,55 @@ def test_shares_of_the_methods():
     assert trainable_share(select_linear_probe(tiny("bert")))[0] == head
     tied = select_bias_terms(tiny("gpt2", "causal_lm", True))
     assert trainable_share(tied)[1] == trainable_share(tiny("gpt2", "causal_lm", False))[1] - 101 * 32
+
+
+def test_a_head_that_is_not_known_is_refused():
+    from transformers import BertConfig, BertForMaskedLM
+    small = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    for prepare in (add_lora, add_bottleneck_adapters, select_linear_probe, select_bias_terms):
+        with pytest.raises(ValueError, match="cls.predictions.bias lies beside the backbone|cls.* lies beside the backbone"):
+            prepare(BertForMaskedLM(small))
+
+
+def test_a_probe_of_a_tied_head_has_nothing_to_train():
+    with pytest.raises(ValueError, match="tie_word_embeddings=False"):
+        select_linear_probe(tiny_backbone("gpt2", task="causal_lm"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"alpha": math.nan}, "alpha must be a number above 0"), ({"alpha": 0.0}, "alpha must be"), ({"alpha": -1.0}, "alpha must be"),
+    ({"rank": True}, "rank must be"), ({"target_modules": ()}, "must be a tuple of names"),
+    ({"target_modules": ("word_embeddings",)}, "is a Embedding, and LoRA is for linear"),
+])
+def test_lora_refuses_what_would_not_train(arguments, message):
+    model = tiny_backbone("bert")
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **arguments)
+    assert [p.requires_grad for p in model.parameters()] == before and not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_an_adapter_width_that_is_no_number_leaves_the_model_alone():
+    model = tiny_backbone("bert")
+    with pytest.raises(ValueError, match="width must be a whole number"):
+        add_bottleneck_adapters(model, width=True)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("prepare", [add_lora, train_everything, select_bias_terms, add_bottleneck_adapters])
+def test_a_probe_before_another_method_does_not_take_its_dropout(prepare):
+    model = prepare(select_linear_probe(tiny_backbone("bert", dropout=0.5))).train()
+    ids = torch.randint(3, 90, (2, 6))
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("prepare", [add_lora, train_everything, select_bias_terms, add_bottleneck_adapters, select_linear_probe])
+def test_a_side_network_takes_no_second_method(prepare):
+    model = attach_side_network(tiny_backbone("bert"))
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="side network already"):
+        prepare(model)
+    assert [p.requires_grad for p in model.parameters()] == before
+    for adapt in (add_lora, add_bottleneck_adapters):
+        with pytest.raises(ValueError, match="would get no gradient beside a side network"):
+            attach_side_network(adapt(tiny_backbone("bert")))

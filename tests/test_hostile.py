@@ -1,15 +1,24 @@
 """Ways to break the bound or the gradient that a hostile reading of the engine found; each is mended or refused."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.adapters import select_bias_terms
+from memarc_utils.backbones import tiny_backbone
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
+from memarc_utils.function_rules import per_example_loop
 from memarc_utils.grad_sample import GradSampler
+from memarc_utils.reversible import make_reversible
+from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils.training import classification_losses
 from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5, tiny
 
 loops = pytest.mark.filterwarnings("ignore:no rule of its own")
@@ -360,3 +369,163 @@ def test_generate_and_state_dict_are_untouched(clipping):
     assert all(torch.equal(first[name], total) for name, total in private.clipped_sum().items())
     private.detach()
     assert list(model.state_dict()) == keys and torch.equal(text(), want)
+
+
+# ------------------------------------------------------------------------------- sums in half precision, and other findings
+def _reversible_with_biases():
+    torch.manual_seed(0)
+    return select_bias_terms(make_reversible(tiny_backbone("gpt2")))
+
+
+@pytest.mark.parametrize("prepare", [_reversible_with_biases, lambda: attach_side_network(tiny_backbone("gpt2"), SideNetworkConfig(gate="vector"))])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_sums_under_autocast_are_float32(prepare, clipping):
+    """Layers that are computed again run under their forward's autocast; what is added up must not: in bfloat16 an example that one
+    rounding lets in moves a long sum by more than C."""
+    model = prepare().eval()
+    plan = PrivacyPlan(dataset_size=1000, expected_batch_size=4, num_steps=5, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5)
+    private = make_private(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), plan, clipping=clipping)
+
+    def total(skip):
+        private.zero_grad()
+        for k in range(60):
+            ids = torch.randint(3, 90, (4, 5), generator=torch.Generator().manual_seed(k))[int(skip and k == 0):]
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = F.cross_entropy(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float(),
+                                         torch.zeros(len(ids), dtype=torch.long), reduction="none")
+            private.backward(losses)
+        return private.clipped_sum()
+
+    everyone, without = total(False), total(True)
+    assert {t.dtype for t in everyone.values()} == {torch.float32}
+    assert sum(float((everyone[n].double() - without[n].double()).square().sum()) for n in everyone) ** 0.5 <= 1 + 1e-3
+    private.detach()
+
+
+class ClassToken(nn.Module):
+    """Looks at views of its own parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 8))
+
+    def forward(self, x):
+        return x + self.token.view(1, 1, 8) + (x @ self.token.T) * self.token[0]
+
+
+def test_a_layer_may_look_at_views_of_its_own_parameter_and_of_no_other():
+    from memarc_utils.layer_rules import register_rule
+    register_rule(ClassToken, per_example_loop)
+    model = nn.Sequential(nn.Linear(8, 8), ClassToken(), nn.Linear(8, 1))
+    report = verify_sensitivity(model, lambda m, b: m(b["x"]).square().mean((1, 2)), {"x": torch.randn(4, 3, 8)})
+    assert report.holds and not report.untrained_parameters
+
+    class Thief(ClassToken):
+        def forward(self, x):
+            return x + self.token.view(1, 1, 8) + first.weight.T[0]
+
+    register_rule(Thief, per_example_loop)
+    first = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="neither its own nor an input"):
+        verify_sensitivity(nn.Sequential(first, Thief()), lambda m, b: m(b["x"]).square().mean((1, 2)), {"x": torch.randn(4, 3, 8)})
+
+
+@pytest.mark.parametrize("prepare", [lambda m: m, make_reversible])
+def test_two_calls_of_different_lengths_in_one_loss(prepare):
+    """OPT folds its rows to B·T; what is computed again belongs to either call."""
+    torch.manual_seed(0)
+    model = prepare(tiny_backbone("opt").requires_grad_(True))
+
+    def losses(model, batch):
+        return sum(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum(1) for ids in (batch["first"], batch["second"]))
+
+    ids = torch.randint(3, 90, (3, 11))
+    assert verify_sensitivity(model, losses, {"first": ids[:, :6], "second": ids[:, 6:]}, 0.1).holds
+
+
+def test_the_sensitivity_check_cuts_columns_of_tokens_alone():
+    model = tiny_backbone("bert")
+    ids, mask = torch.randint(3, 90, (3, 8)), torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 4 + [0] * 4])
+    mixer = torch.randn(8, 2)
+
+    def losses(model, batch):
+        return F.cross_entropy(model(input_ids=batch["input_ids"] * batch["attention_mask"], attention_mask=batch["attention_mask"]).logits
+                               + batch["features"] @ mixer, batch["labels"], reduction="none")
+
+    batch = {"input_ids": ids, "attention_mask": mask, "features": torch.randn(3, 8), "labels": torch.tensor([0, 1, 0])}
+    assert verify_sensitivity(model, losses, batch, 0.1).holds
+
+
+def test_bfloat16_models_are_measured_by_what_bfloat16_can_tell():
+    torch.manual_seed(0)
+    model = tiny_backbone("bert").to(torch.bfloat16)
+    batch = {"input_ids": torch.randint(3, 90, (3, 6)), "labels": torch.tensor([0, 1, 0])}
+    report = verify_sensitivity(model, classification_losses, batch, 0.1)
+    assert report.tolerance == 0.02 and report.holds
+
+
+@pytest.mark.parametrize("batch", [{}, {"x": torch.tensor(1.0)}, {"x": torch.ones(2, 3), "y": torch.ones(3)}])
+def test_the_sensitivity_check_refuses_what_is_no_batch(batch):
+    with pytest.raises(ValueError, match="dict of tensors with the batch axis first"):
+        verify_sensitivity(nn.Linear(3, 1), lambda m, b: m(b["x"])[:, 0], batch)
+
+
+def test_the_sensitivity_check_needs_something_that_trains():
+    with pytest.raises(ValueError, match="choose what to train first"):
+        verify_sensitivity(nn.Linear(3, 1).requires_grad_(False), lambda m, b: m(b["x"])[:, 0], {"x": torch.ones(2, 3)})
+
+
+def test_a_detached_optimizer_says_so():
+    model = nn.Linear(3, 1)
+    plan = PrivacyPlan(dataset_size=100, expected_batch_size=4, num_steps=5, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5)
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+    private.detach()
+    for use in (private.step, lambda: private.backward(model(torch.ones(2, 3))[:, 0])):
+        with pytest.raises(ValueError, match="call make_private again"):
+            use()
+
+
+WRONG_TYPES = """
+import torch
+from torch import nn
+from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.adapters import add_lora
+from memarc_utils.backbones import tiny_backbone
+from memarc_utils.dp_sgd import make_private, verify_sensitivity
+from memarc_utils.side_network import attach_side_network
+model, bert = nn.Linear(3, 1), tiny_backbone("bert")
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+plan = PrivacyPlan(dataset_size=100, expected_batch_size=4, num_steps=5, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5)
+loss = lambda model, batch: model(batch["x"])[:, 0]
+cases = [(lambda: make_private(model, sgd, None), "PrivacyPlan"), (lambda: make_private(None, sgd, plan), "a model"),
+         (lambda: make_private(model, sgd, plan, noise_generator=3), "torch.Generator"),
+         (lambda: make_private(model, sgd, plan).load_state_dict(None), "private.state_dict()"),
+         (lambda: verify_sensitivity(model, loss, (torch.ones(2, 3),)), "dict of tensors"),
+         (lambda: verify_sensitivity(model, loss, {"x": torch.ones(2, 3)}, "1"), "max_grad_norm"),
+         (lambda: attach_side_network(bert, {"reduction": 8}), "SideNetworkConfig"), (lambda: attach_side_network(bert, None), "SideNetworkConfig"),
+         (lambda: add_lora(bert, alpha="a"), "alpha"), (lambda: add_lora(bert, target_modules="query"), "tuple of names"),
+         (lambda: add_lora(None), "a model is needed")]
+for number, (call, message) in enumerate(cases):
+    try:
+        call()
+    except ValueError as error:
+        assert message in str(error), (number, str(error))
+    else:
+        raise SystemExit(f"case {number} was accepted")
+    model.__dict__.pop("forward", None)
+"""
+
+
+def test_arguments_of_a_wrong_type_are_named():
+    """In a process of its own: here the tests' type checks would come first."""
+    done = subprocess.run([sys.executable, "-c", WRONG_TYPES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+
+
+@pytest.mark.parametrize("state", [{}, {"plan": 1}])
+def test_a_wrong_state_is_named(state):
+    model = nn.Linear(3, 1)
+    plan = PrivacyPlan(dataset_size=100, expected_batch_size=4, num_steps=5, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5)
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+    with pytest.raises(ValueError, match="give what private.state_dict\\(\\) returned"):
+        private.load_state_dict(state)

@@ -22,12 +22,14 @@ from torch.nn.utils import parameters_to_vector
 
 from memarc_utils import batch_selection
 from memarc_utils.accounting import PrivacyPlan, gaussian_delta
+from memarc_utils.backbones import tiny_backbone
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.pitfalls import ORDERS, honest_epsilon, largest_contribution, refused, search_divergence, search_epsilon
 from memarc_utils.reversible import make_reversible, reversible_blocks
+from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import causal_lm_losses
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import (distance, loop_gradients, loop_norms, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded,
@@ -434,6 +436,20 @@ def test_a_frozen_table_that_learns():
     table(torch.tensor([4, 7]))
     assert (table.weight != before).any(1).nonzero().flatten().tolist() == [4, 7]
     assert "max_norm" in refused(lambda: private_sgd(nn.Sequential(table, nn.Linear(4, 2))))
+
+
+def test_sums_in_half_precision():
+    """Other numbers than the notebook's; the engine by a side network, whose gate is computed again under autocast."""
+    parts = F.normalize(2 + torch.randn(150, 500, generator=torch.Generator().manual_seed(1)), dim=1)
+    totals = {dtype: [sum((part.to(dtype) for part in some), torch.zeros(500, dtype=dtype)).double() for some in (parts, parts[1:])]
+              for dtype in (torch.bfloat16, torch.float64)}
+    half, exact = (float((one - other).norm()) for one, other in totals.values())
+    assert half > 1.2 and exact == pytest.approx(1.0)
+    model = attach_side_network(tiny_backbone("bert"), SideNetworkConfig(gate="vector"))
+    private = private_sgd(model, clipping="per_layer")
+    with torch.autocast("cpu", torch.bfloat16):
+        private.backward(model(input_ids=torch.randint(3, 90, (3, 5))).logits.float().sum(1))
+    assert {total.dtype for total in private.clipped_sum().values()} == {torch.float32}
 
 
 def test_bad_arguments_are_refused():

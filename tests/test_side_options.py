@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from memarc_utils.backbones import tiny_backbone
 from memarc_utils.dp_sgd import verify_sensitivity
+from memarc_utils.saving import load_trainable, save_trainable
 from memarc_utils.side_blocks import Mix, Orthogonal, Pooled, downsample
 from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
 from tests.models import CASE_IDS, CASES, loop_gradients, padded_batch, plain_losses, private_sgd, seeded, shake, tiny
@@ -126,3 +128,41 @@ def test_every_pair_of_options_occurs():
     for (i, first), (k, second) in itertools.combinations(enumerate(OPTIONS.values()), 2):
         assert {(s[i], s[k]) for s in SETTINGS} == set(itertools.product(first, second))
     assert isinstance(side_of(attached(SETTINGS[0])).side_blocks, nn.ModuleList)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_float64_backbone_gets_a_float64_side_network(family):
+    model = tiny_backbone(family).double()
+    ids = torch.randint(3, 90, (2, 6))
+    before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    after = attach_side_network(model)(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    assert after.dtype == torch.float64 and torch.equal(after, before)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_last_hidden_state_is_what_the_head_reads(family):
+    model = attach_side_network(tiny_backbone(family))
+    side = next(m for m in model.modules() if type(m).__name__ == "SideNetwork")
+    torch.nn.init.normal_(side.up.weight)
+    ids = torch.randint(3, 90, (2, 6))
+    found = side(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    assert torch.equal(found.hidden_states[-1], found.last_hidden_state) and len(found.hidden_states) == 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_generate_works_as_it_stands(family):
+    model = attach_side_network(tiny_backbone(family, task="causal_lm"))
+    assert model.generate(torch.randint(3, 90, (1, 4)), max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] <= 7
+
+
+@pytest.mark.parametrize("block", ["attention", "mlp"])
+def test_a_side_network_that_starts_from_the_backbone_is_loaded_back(block, tmp_path):
+    config = SideNetworkConfig(initial_weights="magnitude", block=block)
+    model = attach_side_network(tiny_backbone("bert"), config)
+    backbone = tiny_backbone("bert")
+    backbone.load_state_dict({k.replace("bert.backbone.", "bert."): v for k, v in model.state_dict().items() if k.replace("bert.backbone.", "bert.")
+                              in backbone.state_dict()}, strict=False)
+    save_trainable(model, tmp_path / "side")
+    again = load_trainable(backbone, tmp_path / "side")
+    ids = torch.randint(3, 90, (2, 6))
+    assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
