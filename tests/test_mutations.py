@@ -95,7 +95,7 @@ def no_ghost_of_the_padding_row(patch):
 
 
 def every_layer_its_own_group(patch):
-    patch.setattr(grad_sample, "_groups", lambda modules: {
+    patch.setattr(grad_sample, "groups_of", lambda modules: {
         member: k for k, m in enumerate(modules) for member in (m, *m.parameters(recurse=False))})
 
 

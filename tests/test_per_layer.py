@@ -210,6 +210,6 @@ def test_tied_layers_clipped_apart_would_be_caught(monkeypatch):
         return verify_sensitivity(model, lambda m, b: m(b["x"]).sum(1), batch, 1e-3, clipping="per_layer")
 
     assert measured().holds
-    monkeypatch.setattr(grad_sample, "_groups", lambda modules: {
+    monkeypatch.setattr(grad_sample, "groups_of", lambda modules: {
         member: k for k, m in enumerate(modules) for member in (m, *m.parameters(recurse=False))})
     assert not measured().holds and measured().max_contribution == pytest.approx(math.sqrt(2) * 1e-3, rel=1e-3)

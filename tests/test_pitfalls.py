@@ -440,11 +440,11 @@ def test_a_frozen_table_that_learns():
 
 def test_sums_in_half_precision():
     """Other numbers than the notebook's; the engine by a side network, whose gate is computed again under autocast."""
-    parts = F.normalize(2 + torch.randn(150, 500, generator=torch.Generator().manual_seed(1)), dim=1)
-    totals = {dtype: [sum((part.to(dtype) for part in some), torch.zeros(500, dtype=dtype)).double() for some in (parts, parts[1:])]
+    parts = F.normalize(1 + 0.1 * torch.randn(200, 1500, generator=torch.Generator().manual_seed(1)), dim=1)
+    totals = {dtype: [sum((part.to(dtype) for part in some), torch.zeros(1500, dtype=dtype)).double() for some in (parts, parts[1:])]
               for dtype in (torch.bfloat16, torch.float64)}
     half, exact = (float((one - other).norm()) for one, other in totals.values())
-    assert half > 1.2 and exact == pytest.approx(1.0)
+    assert half > 1.4 and exact == pytest.approx(1.0)
     model = attach_side_network(tiny_backbone("bert"), SideNetworkConfig(gate="vector"))
     private = private_sgd(model, clipping="per_layer")
     with torch.autocast("cpu", torch.bfloat16):
