@@ -444,7 +444,7 @@ def test_sums_in_half_precision():
     totals = {dtype: [sum((part.to(dtype) for part in some), torch.zeros(1500, dtype=dtype)).double() for some in (parts, parts[1:])]
               for dtype in (torch.bfloat16, torch.float64)}
     half, exact = (float((one - other).norm()) for one, other in totals.values())
-    assert half > 1.4 and exact == pytest.approx(1.0)
+    assert half > 1.2 and exact == pytest.approx(1.0)
     model = attach_side_network(tiny_backbone("bert"), SideNetworkConfig(gate="vector"))
     private = private_sgd(model, clipping="per_layer")
     with torch.autocast("cpu", torch.bfloat16):

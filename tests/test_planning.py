@@ -44,7 +44,7 @@ def real_step(family, method, task, clipping="flat", engine="book-keeping", chec
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model = METHODS[method](model).train()
         batch = {"labels": torch.zeros((BATCH, TOKENS) if task == "causal-lm" else (BATCH,), dtype=torch.long)}
-        if method == "side-cached":
+        if method.startswith("side-cached"):
             side = side_of(model)
             batch["inputs_embeds"] = torch.randn(BATCH, TOKENS, len(side.taps) * side.tapped_width + side.width)
         else:
