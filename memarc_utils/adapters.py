@@ -39,7 +39,7 @@ def _checked_heads(model: nn.Module) -> dict[str, nn.Parameter]:
     heads, base = head_parameters(model), set(block_view(model).base.parameters())
     known = {*heads.values(), *base}
     if unknown := [name for name, parameter in model.named_parameters() if parameter not in known]:
-        raise ValueError(f"{unknown[0]} lies beside the backbone and belongs to no head that is known here (a classifier or a language-model "
+        raise ValueError(f"{unknown[0]} lies beside the backbone and belongs to no head that is known here (a classifier or language-model "
                          f"head of a supported type): {type(model).__name__} cannot be prepared")
     for part in model.modules():
         part.__dict__.pop("train", None)  # a probe before this held the backbone in evaluation mode

@@ -67,7 +67,8 @@ class PrivateOptimizer:
             raise ValueError(f"make_private takes a model, an optimizer and a PrivacyPlan, got {type(model).__name__}, "
                              f"{type(optimizer).__name__} and {type(plan).__name__}")
         if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise ValueError(f"noise_generator must be a torch.Generator, or None for one seeded by the operating system, got {noise_generator!r}")
+            raise ValueError("noise_generator must be a torch.Generator, or None for one seeded by the operating system, got "
+                             f"{noise_generator!r}")
         check_clipping(clipping, plan.max_grad_norm)
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
@@ -245,7 +246,8 @@ class PrivateOptimizer:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
                 steps, which going back would leave out of ε while their noise would be drawn again.
         """
-        if not isinstance(state, dict) or (lacking := {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"} - set(state)):
+        needed = {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"}
+        if not isinstance(state, dict) or (lacking := needed - set(state)):
             lacks = f"lacks {', '.join(sorted(lacking))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
             raise ValueError(f"the state {lacks}: give what private.state_dict() returned")
         check_not_begun(self.steps_taken)

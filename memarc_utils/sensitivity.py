@@ -67,7 +67,8 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
         micro_batch: tensors with the batch axis first.
 
     Raises:
-        ValueError: as `make_private`; nothing trains, or the batch is no dict of tensors with the batch axis first; or no example of the batch has a finite gradient, so that nothing can be measured.
+        ValueError: as `make_private`; nothing trains, or the batch is no dict of tensors with the batch axis first; or no example
+            of the batch has a finite gradient, so that nothing can be measured.
     """
     check_clipping(clipping, max_grad_norm)
     check_micro_batch(micro_batch)

@@ -249,7 +249,8 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
         raise ValueError(f"config must be a SideNetworkConfig, got {type(config).__name__}: write SideNetworkConfig(reduction=8)")
     name = getattr(backbone, "base_model_prefix", "")
     if any("lora_" in key for key, _ in backbone.named_parameters()) or any(type(m).__name__ == "AdaptedLayer" for m in backbone.modules()):
-        raise ValueError("this model has LoRA layers or adapters, which would get no gradient beside a side network: load the backbone anew")
+        raise ValueError("this model has LoRA layers or adapters, which would get no gradient beside a side network: load the "
+                         "backbone anew")
     if any(isinstance(m, SideNetwork) for m in backbone.modules()):
         raise ValueError("this model has a side network already: load the backbone anew to attach another")
     if any(".reversible" in type(module).__module__ for module in backbone.modules()):

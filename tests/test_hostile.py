@@ -377,7 +377,8 @@ def _reversible_with_biases():
     return select_bias_terms(make_reversible(tiny_backbone("gpt2")))
 
 
-@pytest.mark.parametrize("prepare", [_reversible_with_biases, lambda: attach_side_network(tiny_backbone("gpt2"), SideNetworkConfig(gate="vector"))])
+@pytest.mark.parametrize("prepare", [_reversible_with_biases, lambda: attach_side_network(tiny_backbone("gpt2"),
+                                                                                              SideNetworkConfig(gate="vector"))])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_sums_under_autocast_are_float32(prepare, clipping):
     """Layers that are computed again run under their forward's autocast; what is added up must not: in bfloat16 an example that one
