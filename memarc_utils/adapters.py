@@ -41,9 +41,13 @@ def _checked_heads(model: nn.Module) -> dict[str, nn.Parameter]:
     if unknown := [name for name, parameter in model.named_parameters() if parameter not in known]:
         raise ValueError(f"{unknown[0]} lies beside the backbone and belongs to no head that is known here (a classifier or language-model "
                          f"head of a supported type): {type(model).__name__} cannot be prepared")
-    for part in model.modules():
-        part.__dict__.pop("train", None)  # a probe before this held the backbone in evaluation mode
     return heads
+
+
+def _let_train(model: nn.Module) -> None:
+    """A probe before this held the backbone in evaluation mode: dropout works again."""
+    for part in model.modules():
+        part.__dict__.pop("train", None)
 
 
 def _train_head(model: nn.Module, heads: dict[str, nn.Parameter]) -> None:
@@ -91,6 +95,7 @@ def select_bias_terms(model: nn.Module, add_missing: bool = False) -> nn.Module:
     if not has_bias and not add_missing:
         raise ValueError(f"the backbone of {type(model).__name__} has no bias to train: pass add_missing=True to give its "
                          "linear layers biases that start at zero")
+    _let_train(model)
     for layer in base.modules() if add_missing else ():
         uses_bias = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
         if uses_bias and layer.bias is None and id(layer.weight) not in in_head:
@@ -154,6 +159,7 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
     bottleneck = _bottleneck(view.width, reduction, width)
     if not after or set(after) - {"attention", "mlp"} or len(set(after)) < len(after):
         raise ValueError(f'after must be ("attention", "mlp"), ("attention",) or ("mlp",), got {after!r}')
+    _let_train(model)
     model.requires_grad_(False)
     for block in view.blocks.children():  # a reversible model's list iterates otherwise
         for half in after:
@@ -222,6 +228,7 @@ def add_lora(backbone: nn.Module, rank: int = 8, alpha: float | None = None, tar
     config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=list(targets), lora_dropout=0.0,
                         fan_in_fan_out=family == "gpt2")
     inject_adapter_in_model(config, backbone)  # raises for unknown targets, before anything else is changed
+    _let_train(backbone)
     backbone.requires_grad_(False)
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_("lora_B" in name or ("lora_A" in name and not freeze_a))
@@ -233,6 +240,7 @@ def add_lora(backbone: nn.Module, rank: int = 8, alpha: float | None = None, tar
 def train_everything(model: nn.Module) -> nn.Module:
     """Full fine-tuning: every parameter trains."""
     _checked_heads(model)
+    _let_train(model)
     return model.requires_grad_(True)
 
 

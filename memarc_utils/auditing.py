@@ -362,7 +362,7 @@ def audit_quickly(model: nn.Module, loss_per_example: Callable, micro_batch: dic
     check_micro_batch(micro_batch)
     if plan.noise_multiplier == 0:
         raise ValueError("the plan has no noise, its ε is infinite: there is nothing to contradict. Audit a plan with noise_multiplier > 0")
-    some = {name: t[:QUICK_EXAMPLES] for name, t in micro_batch.items()}
+    some = {name: t[:QUICK_EXAMPLES] if isinstance(t, Tensor) else t for name, t in micro_batch.items()}
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if num_steps is None:
         num_steps = min(plan.num_steps, MOST_AUDIT_STEPS, max(1, int(MOST_NOISE_DRAWS / max(1, parameters))))

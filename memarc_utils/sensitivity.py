@@ -158,8 +158,11 @@ def _rows(micro_batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not holds_data(mask) or not bool(mask.any()):
         return batch
     width, longest = mask.shape[1], int(mask.any(0).nonzero().max()) + 1
-    return {k: t[:, :longest] if k in _OF_TOKENS and isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width else t
-            for k, t in batch.items()}
+    def of_tokens(name, t):  # labels of several classes are numbers with a point, and no tokens
+        return (name in _OF_TOKENS and isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width
+                and not (name == "labels" and t.is_floating_point()))
+
+    return {name: t[:, :longest] if of_tokens(name, t) else t for name, t in batch.items()}
 
 
 def _gradient_alone(model, loss_per_example, one: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -334,3 +334,11 @@ def test_a_side_network_takes_no_second_method(prepare):
     for adapt in (add_lora, add_bottleneck_adapters):
         with pytest.raises(ValueError, match="would get no gradient beside a side network"):
             attach_side_network(adapt(tiny_backbone("bert")))
+
+
+def test_a_method_that_refuses_leaves_a_probe_as_it_was():
+    """Its backbone still stays in evaluation mode."""
+    probe = select_linear_probe(tiny_backbone("llama", dropout=0.5))
+    with pytest.raises(ValueError, match="has no bias to train"):
+        select_bias_terms(probe)
+    assert not any(part.training for part in probe.train().model.modules())
