@@ -52,7 +52,7 @@ def _classification(dataset: str) -> list[Cell]:
     variants = [name for name in METHODS if name.startswith("side-cached ")]
     return [*_cells(dataset, ["linear-probe", "side-cached"], **_CACHED),
             *(cell for method, tried in _LONG_RATES.items()
-              for cell in _cells(dataset, [method], (8.0, 3.0, 1.0), rates=tried[0], **_LONG)),  # the first validates best
+              for cell in _cells(dataset, [method], (8.0, 3.0, 1.0), rates=tried[0], **_LONG)),  # the first validates best, or no worse
             *_cells(dataset, ["lora", "rev-lora", "full", "bitfit"], **_THROUGH),
             *_cells(dataset, variants, **_CACHED),
             *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH)]
