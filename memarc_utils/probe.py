@@ -118,6 +118,8 @@ def _leaves(losses: Tensor) -> list[Tensor]:
 class LossProbe:
     """For losses without a backward pass: a random half of the rows is computed alone, and every row of it must have the loss that it
     has in the whole micro-batch, up to rounding: 1e-3 of its size and the median's, 5e-2 where anything is computed in 16 bits.
+    The mean of half of the rows can be that of all up to so much by chance, so that one look in some dozens sees nothing of a batch
+    mean; the next one does.
 
     It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. Rows keep
     their padding. A random loss differs from itself: then nothing can be said, and a warning says so. No generator moves.

@@ -138,7 +138,8 @@ def test_losses_that_mix_are_found(name):
         assert found > 5
         return
     with pytest.raises(ValueError, match="the losses mix examples"):
-        look(MIXING[name], batch)
+        for _ in range(4):  # one look in some dozens sees nothing, by chance
+            look(MIXING[name], batch)
 
 
 NESTED = {
@@ -158,7 +159,8 @@ def test_rows_are_found_in_any_nesting(form, size):
     batch, unpack = NESTED[form](x, y)
     look(lambda b: F.cross_entropy(unpack(b)[0], unpack(b)[1], reduction="none"), batch)
     with pytest.raises(ValueError, match="mix examples"):
-        look(lambda b: F.cross_entropy(unpack(b)[0], unpack(b)[1]).expand(len(unpack(b)[0])), batch)
+        for _ in range(4):  # half of the rows can have the mean of all, to a thousandth, by chance: about one look in thirty
+            look(lambda b: F.cross_entropy(unpack(b)[0], unpack(b)[1]).expand(len(unpack(b)[0])), batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
