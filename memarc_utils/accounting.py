@@ -225,6 +225,8 @@ class PrivacyPlan:
     @classmethod
     def from_dict(cls, values: dict) -> "PrivacyPlan":
         """Inverse of ``to_dict``; every check runs again."""
+        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
+            raise ValueError(f"give what plan.to_dict() returned, with {', '.join(cls.__dataclass_fields__)}; got {values!r}")
         return cls(**values)
 
     def _mechanism(self, num_steps: int | None) -> tuple[float, int]:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from memarc_utils.backbones import block_view, freeze, head_parameters
+from memarc_utils.block_halves import LLAMA_TYPES
 from memarc_utils.preparation import recorded
 
 # Query and value projections, the pair that LoRA's paper chose (arXiv 2106.09685, section 4.2); GPT-2 has them in one layer.
 _QUERY_VALUE = {"bert": ("query", "value"), "roberta": ("query", "value"), "distilbert": ("q_lin", "v_lin"),
-                "gpt2": ("c_attn",), "opt": ("q_proj", "v_proj"), "llama": ("q_proj", "v_proj")}
+                "gpt2": ("c_attn",), **dict.fromkeys(("opt", *LLAMA_TYPES), ("q_proj", "v_proj"))}
 
 # The last layer of each half of a block: what follows it (dropout, residual sum, norm) sees the adapted output.
 _LAST_LAYERS = {"bert": {"attention": "attention.output.dense", "mlp": "output.dense"},
@@ -25,7 +26,7 @@ _LAST_LAYERS = {"bert": {"attention": "attention.output.dense", "mlp": "output.d
                 "distilbert": {"attention": "attention.out_lin", "mlp": "ffn.lin2"},
                 "gpt2": {"attention": "attn.c_proj", "mlp": "mlp.c_proj"},
                 "opt": {"attention": "self_attn.out_proj", "mlp": "fc2"},
-                "llama": {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}}
+                **dict.fromkeys(LLAMA_TYPES, {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"})}
 
 
 def _checked_heads(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,7 +145,7 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
     Each sits on the last linear layer of its half of the block, before dropout, residual sum and norm.
 
     Args:
-        model: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama type with a head.
+        model: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama (Mistral, Qwen2) type with a head.
         reduction: bottleneck width = the model's width / reduction; 16 when neither this nor ``width`` is given.
         width: the bottleneck width itself, instead of ``reduction``.
         after: behind which halves of a block: both, the default, is Houlsby's form (arXiv 1902.00751); ``("mlp",)`` alone

@@ -243,6 +243,8 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
         raise ValueError(f"num_steps={num_steps} must lie between 1 and the plan's {plan.num_steps}")
     if not 0 < share < 0.5:
         raise ValueError(f"share={share} of the canaries is guessed on each side: write a number above 0 and below 0.5, such as 0.1")
+    if isinstance(num_canaries, bool) or not isinstance(num_canaries, int) or num_canaries < 10:
+        raise ValueError(f"num_canaries={num_canaries!r}: an audit needs hundreds, and 10 at least")
     plan = replace(plan, num_steps=num_steps or plan.num_steps)
     if any(p.grad is not None for p in model.parameters()):
         raise ValueError("the model still holds gradients: call optimizer.zero_grad() before the audit")

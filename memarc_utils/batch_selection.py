@@ -8,6 +8,7 @@ i mod R = r alone: the ranks' draws together are one batch of the whole data set
 """
 
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -140,18 +141,23 @@ class ShuffledBatches(_Batches):
         self._order = list(state["order"])
 
 
-def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str) -> None:
+def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str, collate: Callable | None) -> None:
+    if not isinstance(plan, PrivacyPlan):
+        raise ValueError(f"plan must be a PrivacyPlan, got a {type(plan).__name__}: make it with PrivacyPlan.from_epsilon")
     if plan.sampling != sampling:
         mend = "poisson_batches(dataset, plan)" if plan.sampling == "poisson" else 'a plan with sampling="poisson"'
         raise ValueError(f"the plan accounts for {plan.sampling} sampling, these batches are {sampling}: its ε would be wrong. "
                          f"Use {mend}, or plan.with_sampling({sampling!r}) whose ε is that of {sampling} batches")
-    if not isinstance(physical_batch_size, int) or physical_batch_size < 1:
+    if isinstance(physical_batch_size, bool) or not isinstance(physical_batch_size, Integral) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a whole number >= 1, got {physical_batch_size!r}")
     # Poisson sampling knows q alone. A shuffled plan counts how often an example comes, and a smaller data set comes round sooner.
     slack = max(1, plan.dataset_size // 100)
     if not -slack * (sampling == "poisson") <= len(dataset) - plan.dataset_size <= slack:
         raise ValueError(f"the plan is for {plan.dataset_size} examples, the data set has {len(dataset)}: make the plan with "
                          "the (public) size of this data set")
+    if collate is None and len(dataset) and isinstance(row := dataset[0], (tuple, list, str, Tensor)):
+        raise ValueError(f"a row of the data set is a {type(row).__name__}: give rows that are dicts, such as {{'input_ids': [...], "
+                         "'labels': 0}, or a collate that makes a dict of tensors of a list of rows")
 
 
 def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *, collate: Callable | None = None,
@@ -173,7 +179,7 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
     Raises:
         ValueError: the plan is for another sampling or another data set's size.
     """
-    _check(dataset, plan, physical_batch_size, "poisson")
+    _check(dataset, plan, physical_batch_size, "poisson", collate)
     return PoissonBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)
 
 
@@ -184,5 +190,5 @@ def shuffled_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, 
     Arguments as in `poisson_batches`; the plan must be made for it (``plan.with_sampling("shuffled")``), and its ε is
     the larger one.
     """
-    _check(dataset, plan, physical_batch_size, "shuffled")
+    _check(dataset, plan, physical_batch_size, "shuffled", collate)
     return ShuffledBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)

@@ -5,6 +5,7 @@
 
 from torch import Tensor, nn
 
+LLAMA_TYPES = ("llama", "mistral", "qwen2")  # blocks of one layout
 _OF_ENCODER_DECODERS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -24,7 +25,7 @@ def attention_half(family: str, block: nn.Module, h: Tensor, context: dict) -> T
         return block.sa_layer_norm(block.attention(h, **context)[0] + h)
     if family == "gpt2":
         return block.attn(block.ln_1(h), **context)[0] + h
-    if family == "llama":
+    if family in LLAMA_TYPES:
         return h + block.self_attn(hidden_states=block.input_layernorm(h), **context)[0]
     before = block.do_layer_norm_before  # OPT
     context = {name: value for name, value in context.items() if name != "use_cache"}
@@ -41,7 +42,7 @@ def mlp_half(family: str, block: nn.Module, h: Tensor) -> Tensor:
         return block.output_layer_norm(block.ffn(h) + h)
     if family == "gpt2":
         return h + block.mlp(block.ln_2(h))
-    if family == "llama":
+    if family in LLAMA_TYPES:
         return h + block.mlp(block.post_attention_layernorm(h))
     before = block.do_layer_norm_before  # OPT
     rows = block.final_layer_norm(h) if before else h

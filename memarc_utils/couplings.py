@@ -17,7 +17,8 @@ With `swap` the next layer reads (y2, y1). F and G are a block of the backbone, 
 | ``lossless`` | γ | 1 | block(x) − γ x | none | last | ours |
 
 The last three are one recurrence, ``h_{n+1} = λ h_{n−1} + F(h_n)``. Dividing by λ multiplies the error that a stream carries by
-1/λ a layer. ``bdia`` and ``lossless`` take λ = 2⁻ᵏ and hold their streams as whole multiples of 2⁻³⁰: then what λ h_{n−1} loses
+1/λ a layer. ``bdia`` and ``lossless`` take λ = 2⁻ᵏ and hold their streams as whole multiples of 2⁻³⁰ (2⁻⁴⁰ where the blocks compute
+in float64, so that finite differences see a smooth function): then what λ h_{n−1} loses
 is exactly its k lowest bits. They are kept (k bits a number a layer, 32 / k times less than the number itself) and the inverse
 is exact at any depth, as long as a block that is computed twice gives the same numbers. A backward pass that reaches the first
 layer checks that it did.
@@ -37,6 +38,7 @@ COUPLINGS = tuple(_PUBLISHED)
 FIXED_POINT = ("bdia", "lossless")
 _BITS = (1, 2, 4, 8)  # they fill a byte without a rest
 _GRID = 2.0**-30  # float64 holds multiples of it exactly up to 2²² = 4 million
+_FINE_GRID = 2.0**-40  # likewise, up to 2¹² = 4096
 _FLOAT32 = 6e-8  # its rounding
 _STEEP = 1.25  # what a block multiplies an error of its input by, as random blocks of BERT, GPT-2 and Llama were measured to
 # The largest expected reconstruction error that is let through. A kernel may round an example's numbers differently in a batch of another
@@ -78,9 +80,9 @@ class ReversibleConfig:
         if self.coupling in FIXED_POINT and self.stream_dtype == "float32":
             raise ValueError(f"{self.coupling} holds its streams as multiples of 2^-30, for which float32 has too few digits: take "
                              "stream_dtype='float64'")
-        if self.segment is not None and (not isinstance(self.segment, int) or self.segment < 1):
+        if self.segment is not None and (isinstance(self.segment, bool) or not isinstance(self.segment, int) or self.segment < 1):
             raise ValueError(f"segment must be a whole number of layers >= 1, or None for the whole depth, got {self.segment!r}")
-        if not isinstance(self.adapter_width, int) or self.adapter_width < 0:
+        if isinstance(self.adapter_width, bool) or not isinstance(self.adapter_width, int) or self.adapter_width < 0:
             raise ValueError(f"adapter_width must be a whole number >= 0, got {self.adapter_width!r}")
         if self.adapter_width and self.coupling not in ("meft1", "meft2"):
             raise ValueError(f"{self.coupling} has no adapter of its own: leave adapter_width at 0 and add adapters to the model "
@@ -88,7 +90,7 @@ class ReversibleConfig:
 
     def _check_coefficients(self) -> None:
         values = self.coefficients
-        if len(values) != 2 or not all(isinstance(c, (int, float)) and 0 < c <= 1 for c in values):
+        if not isinstance(values, Sequence) or len(values) != 2 or not all(isinstance(c, (int, float)) and 0 < c <= 1 for c in values):
             raise ValueError(f"coefficients must be (λ, β), both above 0 and at most 1, got {values!r}")
         if self.coupling == "midpoint" and tuple(values) != (1.0, 1.0):
             raise ValueError(f"midpoint has the coefficients (1, 1) by its definition, got {values!r}: leave them out")
@@ -164,12 +166,17 @@ class ReversibleConfig:
 
 
 # ------------------------------------------------------------------------------------------------- streams of fixed point
-def to_grid(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The nearest multiple of 2⁻³⁰, in float64."""
-    return x.double().div_(_GRID).round_().mul_(_GRID) if x.dtype != torch.float64 else x.div(_GRID).round_().mul_(_GRID)
+def grid_of(dtype: torch.dtype) -> float:
+    """What the streams of blocks that compute in this dtype are multiples of."""
+    return _FINE_GRID if dtype == torch.float64 else _GRID
 
 
-def split_bits(x: Float[Tensor, "..."], bits: int) -> tuple[Float[Tensor, "..."], UInt8[Tensor, " bytes"]]:
+def to_grid(x: Float[Tensor, "..."], grid: float = _GRID) -> Float[Tensor, "..."]:
+    """The nearest multiple of the grid, in float64."""
+    return x.double().div_(grid).round_().mul_(grid) if x.dtype != torch.float64 else x.div(grid).round_().mul_(grid)
+
+
+def split_bits(x: Float[Tensor, "..."], bits: int, grid: float = _GRID) -> tuple[Float[Tensor, "..."], UInt8[Tensor, " bytes"]]:
     """``2⁻ᵏ x``, rounded down to the grid, and the k bits that this loses, packed.
 
     >>> x = to_grid(torch.tensor([1.0, -0.3, 7.123]))
@@ -177,15 +184,15 @@ def split_bits(x: Float[Tensor, "..."], bits: int) -> tuple[Float[Tensor, "..."]
     >>> bool((join_bits(scaled, lost, 2) == x).all()), lost.numel()
     (True, 1)
     """
-    units = x / _GRID
+    units = x / grid
     high = torch.floor(units * 2.0**-bits)
     low = units.sub_(high * 2.0**bits)
-    return high.mul_(_GRID), _pack(low.to(torch.uint8), bits)
+    return high.mul_(grid), _pack(low.to(torch.uint8), bits)
 
 
-def join_bits(scaled: Float[Tensor, "..."], lost: UInt8[Tensor, " bytes"], bits: int) -> Float[Tensor, "..."]:
+def join_bits(scaled: Float[Tensor, "..."], lost: UInt8[Tensor, " bytes"], bits: int, grid: float = _GRID) -> Float[Tensor, "..."]:
     """What `split_bits` was given."""
-    return scaled.mul(2.0**bits).add_(_unpack(lost, bits, scaled.shape).to(scaled.dtype), alpha=_GRID)
+    return scaled.mul(2.0**bits).add_(_unpack(lost, bits, scaled.shape).to(scaled.dtype), alpha=grid)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:

@@ -166,9 +166,9 @@ def dataset_card(dataset: datasets.Dataset) -> DatasetCard:
 def load_text_dataset(name: str, split: str = "train") -> datasets.Dataset:
     """Loads one split ("train", "validation" or "test") of a data set of `available_datasets()`, in memory.
 
-    No text (for pairs: no pair) stands in two splits: a row of train or validation that also stands in a later split,
-    up to case, spaces and punctuation, is dropped, and the card says how many were. Splits that the data does not bring
-    are made here from a hash of the text (or film, premise, speaker), so they do not depend on the order of the rows.
+    No text (for pairs: no pair) stands in two splits: a row of train or validation that also stands in a later split, up to case, spaces
+    and punctuation, is dropped, and the card says how many were. Splits that the data does not bring are made here from a hash of the
+    text (or film, premise, speaker), so they do not depend on the order of the rows.
 
     Returns:
         Columns `text`, and `label` (with class names), `text_pair`, `target`, `speaker`, `group` as the data has them.
@@ -204,8 +204,7 @@ def load_text_dataset(name: str, split: str = "train") -> datasets.Dataset:
     card = dict(
         name=name, split=split, source=source, licence=licence, note="; ".join(filter(None, (spec.note, overlap))),
         sha256=hashlib.sha256(json.dumps(columns, sort_keys=True).encode()).hexdigest(),
-        contaminated_for=spec.contaminated_for, split_rows=len(frame),
-    )  # fmt: skip
+        contaminated_for=spec.contaminated_for, split_rows=len(frame))
     info = datasets.DatasetInfo(description=json.dumps(card), features=features)
     return datasets.Dataset.from_dict(columns, info=info)
 
@@ -345,15 +344,16 @@ def tokenize_dataset(
 ) -> datasets.Dataset:
     """Texts to token ids, example by example: cut to `max_length` (at least 2), not padded.
 
-    Classification: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer gives them, `labels` (the
-    class). Generation and language modelling: the ids of prompt, target, end of text; `labels` the same with -100 on
-    the prompt. A prompt that is too long loses its beginning, a target without room its end. The result has these
-    columns alone, the rows in the same order, and the same card.
+    Classification: `input_ids`, `attention_mask`, `token_type_ids` where the tokenizer gives them, `labels` (the class). Generation and
+    language modelling: the ids of prompt, target, end of text; `labels` the same with -100 on the prompt. A prompt that is too long
+    loses its beginning, a target without room its end. The result has these columns alone, the rows in the same order, the same card.
 
     Args:
-        template: format string with `{text}` and, for pairs, `{text_pair}`: the text to classify (None: the text, or
-            the pair as the tokenizer joins it), or the prompt of a generation (None: the text and a line break).
+        template: format string with `{text}` and, for pairs, `{text_pair}`: the text to classify (None: the text, or the pair as the
+            tokenizer joins it), or the prompt of a generation (None: the text and a line break).
     """
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"dataset must be a datasets.Dataset, got a {type(dataset).__name__}: write datasets.Dataset.from_list(rows)")
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: an example needs at least 2 tokens")
     generation, classes = "target" in dataset.features, "label" in dataset.features
@@ -379,7 +379,7 @@ def tokenize_dataset(
 
     def generate(rows: Mapping[str, list]) -> dict[str, list]:
         prompts = formatted(rows, (template or "{text}\n") if generation else "")
-        tokens = {"input_ids": [], "attention_mask": [], "labels": []}
+        tokens = {name: [] for name in ("input_ids", "attention_mask", "labels")}
         for prompt, target in zip(prompts, rows["target" if generation else "text"], strict=True):
             end = (tokenizer(target, add_special_tokens=False).input_ids + [tokenizer.eos_token_id])[:room]
             start = tokenizer(prompt, add_special_tokens=False).input_ids if prompt else []

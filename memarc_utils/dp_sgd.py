@@ -17,7 +17,7 @@ from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
-from memarc_utils.model_checks import check_not_begun, check_sampler
+from memarc_utils.model_checks import check_not_begun, check_sampler, check_state
 from memarc_utils.randomness import seed_from_operating_system, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
@@ -246,10 +246,7 @@ class PrivateOptimizer:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
                 steps, which going back would leave out of ε while their noise would be drawn again.
         """
-        needed = {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"}
-        if not isinstance(state, dict) or (lacking := needed - set(state)):
-            lacks = f"lacks {', '.join(sorted(lacking))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
-            raise ValueError(f"the state {lacks}: give what private.state_dict() returned")
+        check_state(state, {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"})
         check_not_begun(self.steps_taken)
         check_sampler(sampler, self.plan)
         kept = ("clipping", "noise", "ranks")

@@ -72,6 +72,7 @@ class Method:
 
 
 _SIDE_CODE = ("side_network", "side_blocks", "feature_cache")
+_REVERSIBLE_CODE = ("couplings", "reversal", "reversible")
 _SIDE_RATES = {"private_rates": (2e-3, 4e-2, 4e-2), "rates": (1e-3, 1e-3, 1e-3), "cached": True, "code": _SIDE_CODE}
 METHODS: dict[str, Method] = {
     "linear-probe": Method(_probe_on_features, (1e-1, 1e-1, 1e-1), (2e-3, 2e-3, 2e-3), True, _SIDE_CODE),
@@ -86,8 +87,8 @@ METHODS: dict[str, Method] = {
     "adapters": Method(PREPARATIONS["adapters"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3)),
     "bitfit": Method(PREPARATIONS["bitfit"], (1e-2, 1e-2, 1e-1), (1e-3, 1e-3, 1e-3)),
     "full": Method(PREPARATIONS["full"], (1e-3, 1e-3, 5e-2), (5e-5, 5e-5, 1e-3)),
-    "rev-lora": Method(PREPARATIONS["rev-lora"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3),
-                       code=("couplings", "reversal", "reversible")),
+    "rev-lora": Method(PREPARATIONS["rev-lora"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3), code=_REVERSIBLE_CODE),
+    "rev-lora quarter": Method(PREPARATIONS["rev-lora quarter"], (1e-3, 5e-3, 1e-1), (5e-4, 5e-4, 1e-3), code=_REVERSIBLE_CODE),
 }
 
 

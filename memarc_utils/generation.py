@@ -115,7 +115,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> l
     """The tokens that `tokenize_dataset` puts before a target."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
         raise ValueError("prompts must be a list of texts, none of them empty; for a single one write [prompt]")
-    if tokenizer.eos_token_id is None or tokenizer.pad_token_id is None:
+    if getattr(tokenizer, "eos_token_id", None) is None or tokenizer.pad_token_id is None:
         raise ValueError("decoding needs a tokenizer with an end-of-text and a padding token: take load_tokenizer's of the decoder")
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
     return [begin + ids for ids in tokenizer(list(prompts), add_special_tokens=False).input_ids]

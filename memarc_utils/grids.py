@@ -55,7 +55,8 @@ def _classification(dataset: str) -> list[Cell]:
               for cell in _cells(dataset, [method], (8.0, 3.0, 1.0), rates=tried[0], **_LONG)),  # the first validates best, or no worse
             *_cells(dataset, ["lora", "rev-lora", "full", "bitfit"], **_THROUGH),
             *_cells(dataset, variants, **_CACHED),
-            *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH)]
+            *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH),
+            *_cells(dataset, ["rev-lora quarter"] if dataset == "film_reviews" else [], (8.0,), **_THROUGH)]
 
 
 def _rates() -> list[Cell]:
@@ -74,7 +75,7 @@ def _step_cases() -> list[StepCase]:
     """Every method of this collection beside DP-LoRA, in one run; depth by per-layer clipping; totals at RoBERTa-large's shape."""
     ours = [StepCase(method, "book-keeping") for method in ("lora", "side", "side-cached", "side-cached learned", "rev-lora", "bitfit",
                                                               "ffa-lora", "adapters", "probe", "full")]
-    deep = [StepCase("rev-lora", "book-keeping", shape, clipping="per_layer", repeats=1)
+    deep = [StepCase(method, "book-keeping", shape, clipping="per_layer", repeats=1) for method in ("rev-lora", "rev-lora quarter")
             for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
     large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}
     return [*ours, StepCase("lora", "book-keeping", checkpointing=True), StepCase("full", "zeroth order", repeats=3), *deep,
@@ -100,7 +101,7 @@ _ENGINES_PLANNED = {"opacus hooks": "per-example", "opacus ghost": "two-pass gho
 
 def _planner_cases() -> list[StepCase]:
     """Every method at RoBERTa-base's shape, three batch sizes by three lengths; opacus's two ways at the largest of each."""
-    methods = [name for name in PLANNED_METHODS if name != "bitfit with added biases"]  # RoBERTa has all its biases
+    methods = [name for name in PLANNED_METHODS if name not in ("bitfit with added biases", "rev-lora quarter")]  # RoBERTa has all its biases
     sizes = [{"batch_size": b, "num_tokens": t, "repeats": 1, "threads": 1} for b in (4, 8, 16) for t in (32, 64, 128)]
     ours = [StepCase(method, "book-keeping", **size) for size in sizes for method in methods]
     others = [case for size in sizes for case in (StepCase("lora", "book-keeping", checkpointing=True, **size),

@@ -8,10 +8,12 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.planning import MemoryPlan, largest_batch, plan_memory
 
 __all__ = ["MemoryPlan", "SavedBytes", "StepCost", "held_bytes", "largest_batch", "measure_step", "plan_memory", "saved_bytes"]
@@ -22,10 +24,14 @@ class StepCost:
     """Attributes:
         peak_bytes: highest number of bytes that the step held at once above what stood before it.
         seconds: median wall time of the timed repeats.
+        saved_bytes: the most that autograd kept at once for the backward pass, parameters apart (see `saved_bytes`).
+        engine_bytes: the most that the clipping engine held of examples at once. A layer's input may be in both: it stands once.
     """
 
     peak_bytes: int
     seconds: float
+    saved_bytes: int = 0
+    engine_bytes: int = 0
 
     @property
     def peak_megabytes(self) -> float:
@@ -33,7 +39,8 @@ class StepCost:
 
 
 def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
-    """Measures a step: once to warm up (optimizer state is made then), once for memory, then for time.
+    """Measures a step: once to warm up (optimizer state is made then, and what is saved and held is counted), once for the peak, then
+    for time.
 
     On CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's
     allocator (the profiler's memory events), so it is exact and repeatable; what libraries hold outside that allocator
@@ -47,9 +54,13 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
     >>> cost.peak_bytes
     12000000
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be >= 1, got {repeats}")
-    step()
+    if not callable(step):
+        raise ValueError(f"step must be a function that does one whole training step, got a {type(step).__name__}")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be a whole number >= 1, got {repeats!r}")
+    saved, held = _MostSaved(), _MostHeld()
+    with saved, held:
+        step()
     gc.collect()
     peak = _peak_on_cuda(step) if torch.cuda.is_available() else _held_and_peak_on_cpu(step)[1]
     times = []
@@ -59,7 +70,7 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return StepCost(peak, statistics.median(times))
+    return StepCost(peak, statistics.median(times), saved.most, held.most)
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,49 @@ def saved_bytes(forward: Callable[[], object], model: nn.Module | None = None) -
 def _identity(tensor: Tensor) -> int:
     """The storage object itself: all views of it share it, and tensors without memory (on ``meta``) have one too."""
     return tensor.untyped_storage()._cdata
+
+
+class _MostSaved(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that live graphs keep, at the moment when they are most."""
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, lambda kept: kept.tensor)
+        self.now = self.most = 0
+        self._uses: dict[int, int] = {}
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            key, size = _identity(tensor), tensor.untyped_storage().nbytes()
+            self._uses[key] = self._uses.get(key, 0) + 1
+            self.now += size * (self._uses[key] == 1)
+            self.most = max(self.most, self.now)
+            weakref.finalize(kept, self._gone, key, size).atexit = False
+        return kept
+
+    def _gone(self, key: int, size: int) -> None:
+        self._uses[key] -= 1
+        if not self._uses[key]:
+            del self._uses[key]
+            self.now -= size
+
+
+class _MostHeld(contextlib.ExitStack):
+    """Bytes of the storages that the clipping engine holds of examples, at the moment when they are most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._held = 0, weakref.WeakSet()
+        for name in ("add_dense", "add_pair", "add_lookup"):
+            self.enter_context(mock.patch.object(HeldGradient, name, self._counted(getattr(HeldGradient, name))))
+
+    def _counted(self, add: Callable) -> Callable:
+        def added(held: HeldGradient, *args) -> None:
+            add(held, *args)
+            self._held.add(held)
+            sizes = {_identity(t): t.untyped_storage().nbytes() for each in self._held for t in each.tensors()}
+            self.most = max(self.most, sum(sizes.values()))
+        return added
 
 
 def held_bytes(forward: Callable[[], object]) -> int:

@@ -7,9 +7,10 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig, RobertaConfig
 
 from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias_terms, select_linear_probe, train_everything
-from memarc_utils.reversible import make_reversible
+from memarc_utils.reversible import ReversibleConfig, make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 
+_QUARTER = ReversibleConfig(coefficients=(1 / 4, 1.0))
 _REDUCTION_8 = SideNetworkConfig(reduction=8)
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bitfit with added biases": lambda model: select_bias_terms(model, add_missing=True),
     "probe": select_linear_probe,
     "rev-lora": lambda model: make_reversible(add_lora(model)),
+    "rev-lora quarter": lambda model: make_reversible(add_lora(model), _QUARTER),  # half the kept bits
     "side": lambda model: attach_side_network(model, _REDUCTION_8),
     "side-cached": lambda model: attach_side_network(model, replace(_REDUCTION_8, downsample="pooled")),
     "side-cached learned": lambda model: attach_side_network(model, replace(_REDUCTION_8, layers=2)),  # of the accuracy grid

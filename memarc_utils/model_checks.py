@@ -94,12 +94,23 @@ def check_sampler(sampler, plan: PrivacyPlan) -> None:
     """Raises:
         ValueError: the batches are not those that the plan pays for, or those of a shuffled plan are not known.
     """
+    if sampler is not None and not hasattr(sampler, "steps_drawn"):
+        raise ValueError(f"sampler must be what poisson_batches or shuffled_batches returned, got a {type(sampler).__name__}")
     if sampler is not None and sampler.plan != plan:
         raise ValueError("the batches were made with another plan than this optimizer: its ε would be that of other batches. Make both "
                          "with one plan, poisson_batches(dataset, private.plan)")
     if sampler is None and plan.sampling == "shuffled":
         raise ValueError("a shuffled plan pays for every example once an epoch: pass the sampler, or a resumed run begins another order "
                          "and some examples come twice")
+
+
+def check_state(state: dict, needed: set[str]) -> None:
+    """Raises:
+        ValueError: not what an optimizer's ``state_dict`` returns.
+    """
+    if not isinstance(state, dict) or (lacking := needed - set(state)):
+        lacks = f"lacks {', '.join(sorted(lacking))}" if isinstance(state, dict) else f"is a {type(state).__name__}"
+        raise ValueError(f"the state {lacks}: give what private.state_dict() returned")
 
 
 class WatchedBuffers:

@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.book_keeping import HeldGradient
@@ -32,7 +34,6 @@ from memarc_utils.training import causal_lm_losses, classification_losses
 
 PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-_DECODERS = ("gpt2", "opt", "llama")
 _GIB = 2**30
 
 
@@ -111,7 +112,7 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
 
 def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping="flat", engine="book-keeping", task=None,
           checkpointing=False, optimizer="adamw", fused_attention=False, parts=True) -> MemoryPlan:
-    task = task or ("causal-lm" if config.model_type in _DECODERS else "classification")
+    task = task or _usual_task(config)
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer)
     if fused_attention:
@@ -147,8 +148,8 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
     known_settings = set(inspect.signature(plan_memory).parameters) - {"batch_size", "parts"}
     if unknown := sorted(set(settings) - known_settings):
         raise ValueError(f"largest_batch has no setting {unknown[0]!r}: give some of {', '.join(sorted(known_settings))}")
-    if not budget_gib > 0:
-        raise ValueError(f"budget_gib must be above 0, got {budget_gib!r}")
+    if isinstance(budget_gib, bool) or not isinstance(budget_gib, (int, float)) or not 0 < budget_gib < math.inf:
+        raise ValueError(f"budget_gib must be a number above 0, got {budget_gib!r}")
     budget, known, config = budget_gib * _GIB, {}, _config(model)
 
     def total(batch_size: int) -> int:
@@ -351,7 +352,16 @@ def _config(model: PreTrainedConfig | nn.Module | str) -> PreTrainedConfig:
     config = getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got {type(model).__name__}")
-    return copy.deepcopy(config)
+    config = copy.deepcopy(config)
+    if getattr(config, "pad_token_id", None) is None:  # a decoder's classifier asks for one where it meets a batch
+        config.pad_token_id = 0
+    return config
+
+
+def _usual_task(config: PreTrainedConfig) -> str:
+    """Models that `transformers` has as causal and not as masked language models are decoders."""
+    decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "causal-lm" if decoder else "classification"
 
 
 def _without_attention_dropout(config: PreTrainedConfig) -> PreTrainedConfig:

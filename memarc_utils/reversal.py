@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memarc_utils.book_keeping import holds_data
-from memarc_utils.couplings import join_bits, to_grid
+from memarc_utils.couplings import grid_of, join_bits, to_grid
 
 Streams = tuple[Tensor, Tensor]
 
@@ -190,7 +190,7 @@ class WayBack:
         if holds_data(x1) and bool(((x1 != x2) & x1.isfinite() & x2.isfinite()).any()):
             raise ValueError("the blocks gave other numbers when they were computed again, so the inverse is lost and the gradient with "
                              "it: call torch.use_deterministic_algorithms(True), or take a short segment; streams beyond 4 million in size "
-                             "have no exact inverse at all")
+                             "(4096 where the blocks compute in float64) have no exact inverse at all")
 
     def _outputs(self, n: int, streams: Streams | None) -> Streams:
         """y1 and y2 of layer n: stored, or the inputs of the layer above."""
@@ -207,7 +207,7 @@ class WayBack:
         d1 = _sum(d1, d_y1)
 
         def without(change: Tensor) -> Tensor:
-            change = to_grid(change) if coupling.bits else change
+            change = to_grid(change, grid_of(self.dtype)) if coupling.bits else change
             return y1.sub_(change) if reuse and coupling.bits else y1 - change
 
         rest, d_x2 = self._pull_back(n, "first", self.blocks.first(n, self.context), x2, d1, asked, without if asked or n == 0 else None)
@@ -216,7 +216,7 @@ class WayBack:
         d2 = _sum(d2 if d2 is None or beta == 1 else d2 * beta, d_x2)
         d1 = d1 if d1 is None or lam == 1 else d1 * lam
         if coupling.bits:
-            x1 = join_bits(rest, self.saved["lost", n], coupling.bits)
+            x1 = join_bits(rest, self.saved["lost", n], coupling.bits, grid_of(self.dtype))
         else:
             x1 = _divided(y1 if rest is None else rest, lam)
         return (x1, x2), d1, d2

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from memarc_utils.backbones import block_view
 from memarc_utils.block_halves import attention_half, mlp_half
-from memarc_utils.couplings import ReversibleConfig, split_bits, to_grid
+from memarc_utils.couplings import ReversibleConfig, grid_of, split_bits, to_grid
 from memarc_utils.preparation import recorded
 from memarc_utils.reversal import Reversed, Shared, Streams, WayBack, forward_and_save, note_state
 
@@ -118,8 +118,8 @@ class ReversibleBlocks(nn.ModuleList):
         note_state(draws, x1.device)
         if self.coupling.bits:
             change = first(x2.to(dtype))
-            scaled, lost = split_bits(x1.detach(), self.coupling.bits)
-            y1 = scaled.add_(to_grid(change.detach()))
+            scaled, lost = split_bits(x1.detach(), self.coupling.bits, grid_of(dtype))
+            y1 = scaled.add_(to_grid(change.detach(), grid_of(dtype)))
             if torch.is_grad_enabled():  # rounding to the grid counts as the identity
                 smooth = lam * x1 + change
                 y1 = y1 + (smooth - smooth.detach())
@@ -135,7 +135,7 @@ class ReversibleBlocks(nn.ModuleList):
         """Both streams start as the embeddings, at full width."""
         h = hidden_states.to(self.coupling.dtype)
         if self.coupling.bits:
-            h = to_grid(h.detach()) + (h - h.detach())
+            h = to_grid(h.detach(), grid_of(hidden_states.dtype)) + (h - h.detach())
         return h, h
 
     def output(self, streams: Streams, dtype: torch.dtype) -> Tensor:
@@ -188,13 +188,15 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
     MEFT's own adapters (``adapter_width``) always train.
 
     Args:
-        model: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama type with a head.
+        model: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama (Mistral, Qwen2) type with a head.
         config: see `ReversibleConfig`.
 
     Raises:
         ValueError: not such a model, reversible already, with a side network, activation checkpointing or layerdrop; or coefficients
             whose inverse is lost over this many layers. The model is unchanged then.
     """
+    if not isinstance(config, ReversibleConfig):
+        raise ValueError(f"config must be a ReversibleConfig, got a {type(config).__name__}: write ReversibleConfig(coupling='lossless')")
     view = block_view(model)
     if isinstance(view.blocks, ReversibleBlocks):
         raise ValueError("this model is reversible already: load the backbone anew to couple it in another way")

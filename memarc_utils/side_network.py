@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from memarc_utils.backbones import block_view, freeze
+from memarc_utils.block_halves import LLAMA_TYPES
 from memarc_utils.preparation import recorded
 from memarc_utils.side_blocks import Gate, Mix, SideBlock, Sum, downsample, normalise, start_from_backbone
 
@@ -238,7 +239,7 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     Call signature and outputs stay those of the `transformers` model; only the side network and the head train.
 
     Args:
-        backbone: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama type with a classification or language-model head. A head
+        backbone: a BERT, RoBERTa, DistilBERT, GPT-2, OPT or Llama (Mistral, Qwen2) type with a classification or language-model head. A head
             that is tied to the embeddings stays frozen.
         config: see `SideNetworkConfig`.
 
@@ -257,7 +258,7 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
         raise ValueError("this model is reversible, and a side network's backbone keeps no activations anyway: load the backbone anew")
     view = block_view(backbone)
     family = backbone.config.model_type
-    causal = family in ("gpt2", "opt", "llama")
+    causal = family in ("gpt2", "opt", *LLAMA_TYPES)
     # OPT's language model calls the decoder inside its base module, so the ladder goes there.
     owner, attribute = (view.base, "decoder") if family == "opt" else (backbone, name)
     side = SideNetwork(getattr(owner, attribute), view.blocks, view.mlps, list(view.heads.values()), view.width, config, causal)

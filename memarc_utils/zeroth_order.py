@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.model_checks import WatchedBuffers, check_no_batch_statistics, check_not_begun, check_sampler
+from memarc_utils.model_checks import WatchedBuffers, check_no_batch_statistics, check_not_begun, check_sampler, check_state
 from memarc_utils.probe import LossProbe, num_examples
 
 _PIECE = 2**20  # numbers of a direction that stand in memory at once
@@ -230,6 +230,7 @@ class ZerothOrderOptimizer:
         Raises:
             ValueError: the state belongs to another run, or was taken with another kind of noise source or sampler.
         """
+        check_state(state, {"run", "sampler", "noise_generator", "parameters", "directions", "steps_taken", "learning_rate"})
         check_not_begun(self.steps_taken)
         check_sampler(sampler, self.plan)
         mine, theirs = self._run(), state["run"]
@@ -244,8 +245,7 @@ class ZerothOrderOptimizer:
         shapes, saved = ({n: tuple(p.shape) for n, p in both.items()} for both in (parameters, state["parameters"]))
         if shapes != saved:
             odd = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
-            raise ValueError(f"the checkpoint's trainable parameters are others: {', '.join(odd[:5])}. Prepare the "
-                             "model the same way first")
+            raise ValueError(f"the checkpoint's trainable parameters are others: {', '.join(odd[:5])}. Prepare the model the same way first")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["parameters"][name])

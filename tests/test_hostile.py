@@ -491,9 +491,16 @@ import torch
 from torch import nn
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
+from memarc_utils.auditing import audit_quickly
 from memarc_utils.backbones import tiny_backbone
+from memarc_utils.batch_selection import poisson_batches
+from memarc_utils.data import tokenize_dataset
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
+from memarc_utils.generation import generate_texts
+from memarc_utils.memory import largest_batch, measure_step
+from memarc_utils.reversible import ReversibleConfig, make_reversible
 from memarc_utils.side_network import attach_side_network
+from memarc_utils.zeroth_order import make_zeroth_order
 model, bert = nn.Linear(3, 1), tiny_backbone("bert")
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)
 plan = PrivacyPlan(dataset_size=100, expected_batch_size=4, num_steps=5, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-5)
@@ -505,7 +512,18 @@ cases = [(lambda: make_private(model, sgd, None), "PrivacyPlan"), (lambda: make_
          (lambda: verify_sensitivity(model, loss, {"x": torch.ones(2, 3)}, "1"), "max_grad_norm"),
          (lambda: attach_side_network(bert, {"reduction": 8}), "SideNetworkConfig"), (lambda: attach_side_network(bert, None), "SideNetworkConfig"),
          (lambda: add_lora(bert, alpha="a"), "alpha"), (lambda: add_lora(bert, target_modules="query"), "tuple of names"),
-         (lambda: add_lora(None), "a model is needed")]
+         (lambda: add_lora(None), "a model is needed"),
+         (lambda: make_private(model, sgd, plan).state_dict([1, 2]), "poisson_batches"),
+         (lambda: PrivacyPlan.from_dict({}), "plan.to_dict()"), (lambda: poisson_batches([(1, 2)] * 100, plan), "rows that are dicts"),
+         (lambda: poisson_batches([{"x": 1}] * 100, None), "PrivacyPlan"), (lambda: poisson_batches([{"x": 1}] * 100, plan, True), "whole number"),
+         (lambda: measure_step(None), "a function"), (lambda: largest_batch("tiny", "lora", 16, "24"), "a number above 0"),
+         (lambda: largest_batch("tiny", "lora", 16, float("inf")), "a number above 0"),
+         (lambda: ReversibleConfig(segment=True), "segment"), (lambda: ReversibleConfig(coefficients=0.5), "(λ, β)"),
+         (lambda: make_reversible(bert, "lossless"), "ReversibleConfig"),
+         (lambda: audit_quickly(model, loss, {"x": torch.ones(8, 3)}, plan, num_canaries=0), "10 at least"),
+         (lambda: tokenize_dataset([{"text": "a", "label": 0}], None, 16), "Dataset.from_list"),
+         (lambda: generate_texts(bert, None, ["a"]), "a tokenizer"),
+         (lambda: make_zeroth_order(model, plan, 0.1).load_state_dict({}), "give what")]
 for number, (call, message) in enumerate(cases):
     try:
         call()

@@ -57,10 +57,10 @@ def test_saved_activations_are_counted():
     assert 2 * 4_000 <= peak <= 4 * 4_000 + 100
 
 
-def private_step(mode, micro_batches=1, width=128):
+def private_step(mode, micro_batches=1, width=128, clipping="flat"):
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(width, width), nn.Tanh())))
-    private, x = private_sgd(model, plan_for_tests(num_steps=100), mode=mode), torch.randn(16, 4, width)
+    private, x = private_sgd(model, plan_for_tests(num_steps=100), mode=mode, clipping=clipping), torch.randn(16, 4, width)
 
     def step():
         for _ in range(micro_batches):
@@ -93,9 +93,26 @@ def test_micro_batches_do_not_pile_up():
     assert four <= one + 1.1 * clipped_sum
 
 
+def test_what_a_step_saves_and_holds():
+    """Two tanh save their outputs; sums save nothing. The engine holds three layers' pairs (inputs and gradients of 16 x 4 tokens) and
+    the biases' per-example gradients, or all per-example gradients; with per-layer clipping one layer's at a time."""
+    x = torch.ones(KILO, requires_grad=True)
+    cost = measure_step(lambda: torch.tanh(torch.tanh(x)).sum().backward(), repeats=1)
+    assert (cost.saved_bytes, cost.engine_bytes) == (8_000, 0)
+    pair, weights, bias = 2 * 16 * 4 * 128 * 4, 16 * 128 * 128 * 4, 16 * 128 * 4
+    assert measure_step(private_step("book_keeping"), repeats=1).engine_bytes == 3 * (pair + bias)
+    assert measure_step(private_step("per_example"), repeats=1).engine_bytes == 3 * (weights + bias)
+    one_layer = measure_step(private_step("book_keeping", clipping="per_layer"), repeats=1)
+    assert pair <= one_layer.engine_bytes <= pair + bias
+    assert one_layer.saved_bytes == 4 * 16 * 4 * 128 * 4  # x and three outputs, which are inputs too
+
+
 def test_repeats_must_be_positive():
-    with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="repeats must be a whole number >= 1, got 0"):
         measure_step(lambda: None, repeats=0)
+
+
+def test_megabytes():
     assert StepCost(2_000_000, 0.5).peak_megabytes == 2.0
 
 

@@ -156,7 +156,7 @@ def test_largest_batch_is_the_last_that_fits(method, budget):
 
 def test_largest_batch_is_zero_where_one_example_does_not_fit():
     assert largest_batch("tiny", "lora", 32, 1e-5) == 0
-    with pytest.raises(ValueError, match="budget_gib must be above 0"):
+    with pytest.raises(ValueError, match="budget_gib must be a number above 0"):
         largest_batch("tiny", "lora", 32, 0)
     with pytest.raises(ValueError, match="no setting 'batch_size': give some of checkpointing"):
         largest_batch("tiny", "lora", 32, 1.0, batch_size=4)

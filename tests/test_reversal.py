@@ -102,27 +102,15 @@ def test_segments_give_the_same_gradient(segment):
 
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_gradient_by_differences(kind):
-    """Central differences in float64. Rounding to the grid counts as the identity, so fixed-point streams go against autograd."""
+    """Central differences in float64, of torch's own step. Rounding to the grid counts as the identity: with blocks in float64 the grid
+    is fine beside the step."""
     model = prepared(("gpt2",), kind, dropout=0.0, layers=3, scale=0.3).double()
     blocks = reversible_blocks(model)
     parameters = [p for p in blocks.parameters() if p.requires_grad]
     hidden = torch.randn(2, 3, 32, generator=seeded(), dtype=torch.float64, requires_grad=True)
-    if kind in FIXED_POINT:
-        def found():
-            return torch.autograd.grad(blocks(hidden).square().sum(), [hidden, *parameters])
-
-        got = found()
-        with plain_autograd(model):
-            want = found()
-        for one, other in zip(got, want):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-        direction = torch.randn(hidden.shape, generator=seeded(1), dtype=torch.float64)
-        step = 1e-3  # long beside the grid
-        with torch.no_grad():
-            ends = [blocks(hidden + sign * step * direction).square().sum() for sign in (1, -1)]
-        assert float((ends[0] - ends[1]) / (2 * step)) == pytest.approx(float((got[0] * direction).sum()), rel=1e-4)
-        return
-    assert torch.autograd.gradcheck(lambda h, *_: blocks(h), (hidden, *parameters), eps=1e-5, atol=1e-4, rtol=1e-3, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda h, *_: blocks(h), (hidden, *parameters), fast_mode=True)
+    few = [hidden, *(p for p in parameters if p.dim() == 1)][:3]
+    assert torch.autograd.gradcheck(lambda h, *_: blocks(h), few)
 
 
 def test_24_layers_with_default_settings():
