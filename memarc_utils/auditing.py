@@ -270,12 +270,14 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
             noises.extend((float(p.grad.double().square().sum()) * unit**2, p.numel()) for p in optimizer.param_groups[0]["params"])
 
     optimizer.register_step_pre_hook(look)
-    private = make_private(model, optimizer, replace(plan, num_steps=plan.num_steps + 1), clipping, mode, noise)
+    private = make_private(model, optimizer, replace(plan, num_steps=plan.num_steps + 1), clipping, mode,
+                           None if generator is None else noise)
+    drawn = [[i for i in batch.indices if i < len(canaries) and included[i]] for batch in batches]
     try:
-        for batch in batches:
+        for indices in drawn:
             if first_step and not reads:
                 first_step(private)
-            canaries.backward(private, [i for i in batch.indices if i < len(canaries) and included[i]])
+            canaries.backward(private, indices)
             private.step()
         private.step()  # an empty batch, whoever is in: its noise is measured, and tells nothing of the coins
         groups = private.sampler.num_groups

@@ -69,6 +69,39 @@ class LogicalBatch:
         return self._used and not self._whole
 
 
+_at_work: list["_Batches"] = []  # samplers that have handed out a batch and wait for its step, the newest last
+
+
+def check_losses(owner: object, num_losses: int, stepping: bool) -> None:
+    """Is what an optimizer has summed in this step within the batch that the plan pays for? Where no sampler is at work there is nothing
+    to compare with: then a step's batch is the caller's own word.
+
+    Args:
+        owner: the optimizer, with its ``plan``.
+        num_losses: that its step has seen so far.
+        stepping: the step is being taken.
+
+    Raises:
+        ValueError: the batch is of another plan, has fewer examples, or has had its step: several batches in one step, or several
+            losses of one example, would move the sum by several C, and a batch that is used twice was drawn once.
+    """
+    if not _at_work:
+        return
+    mine = [sampler for sampler in _at_work if sampler.plan == owner.plan]
+    if not mine:
+        raise ValueError("the batch at work was drawn for another plan than this optimizer's, and ε would be that of other batches: make "
+                         "both with one plan, poisson_batches(dataset, private.plan), or leave that loop first")
+    size = len(mine[-1].batch)
+    if num_losses > size:
+        raise ValueError(f"this step has {num_losses} losses, the batch at work {size} examples: give one loss an example and take one "
+                         "private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; what an "
+                         "interrupted batch left is forgotten with private.zero_grad()")
+    if not stepping and id(owner) in mine[-1].stepped:
+        raise ValueError("the batch at work has had its step: a second one needs a batch of its own, which the sampler draws")
+    if stepping:
+        mine[-1].stepped.add(id(owner))
+
+
 class _Batches:
     """What both samplers share: position, generator, and their state for a resume."""
 
@@ -79,6 +112,8 @@ class _Batches:
             generator = seed_from_operating_system(torch.Generator())  # who is in which batch must be unknown
         self.generator = generator
         self.steps_drawn = 0
+        self.batch: LogicalBatch | None = None
+        self.stepped: set[int] = set()  # optimizers that have taken its step
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -98,16 +133,25 @@ class _Batches:
         pass
 
     def __iter__(self) -> Iterator[LogicalBatch]:
+        steps_were_taken = False
         while self.steps_drawn < self.plan.num_steps:
             rank, size = rank_and_size()
             indices = [i for i in self._draw() if i % size == rank]
             self.steps_drawn += 1
-            batch = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate)
-            yield batch
-            if batch.half_done:
+            self.batch, self.stepped = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate), set()
+            _at_work.append(self)
+            try:
+                yield self.batch
+            finally:
+                _at_work.remove(self)
+            if self.batch.half_done:
                 raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go "
                                  "through all of its micro-batches, or forget them with private.zero_grad() and say so with "
                                  "batch.give_up()")
+            if steps_were_taken and not self.stepped:
+                raise ValueError("the last batch was left without private.step(): every batch is a step that the plan pays for, an empty "
+                                 "one too, which then is noise alone")
+            steps_were_taken = bool(self.stepped)
 
 
 class PoissonBatches(_Batches):

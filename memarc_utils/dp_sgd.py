@@ -13,12 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
+from memarc_utils.batch_selection import check_losses
 from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.model_checks import check_not_begun, check_sampler, check_state
-from memarc_utils.randomness import seed_from_operating_system, spawn
+from memarc_utils.randomness import cryptographic_normals, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sensitivity"]
@@ -39,8 +40,8 @@ def make_private(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Priva
         plan: owns σ, C, the divisor and the number of steps.
         clipping: ``flat``, ``automatic`` or ``per_layer`` (see `clipping`).
         mode: ``book_keeping`` or ``per_example`` (the plain reference).
-        noise_generator: on the device of the parameters. None: a fresh one seeded by the operating system. Give one for
-            reproducible checks only: who knows its seed can subtract the noise.
+        noise_generator: for reproducible checks only, on the device of the parameters: who knows its seed, or sees enough of its
+            noise, can subtract the rest. None draws every number from a cryptographic generator (`randomness`).
         bookkeeping: what is held until the norms are known: ``memory`` the smaller form of each layer's record, ``mixopt``
             as BK-MixOpt has it (see `book_keeping.keep_pair`).
         noise: ``gaussian``, one draw of torch's normal; ``secure``, half the sum of four, which hides the pattern that one
@@ -67,26 +68,38 @@ class PrivateOptimizer:
             raise ValueError(f"make_private takes a model, an optimizer and a PrivacyPlan, got {type(model).__name__}, "
                              f"{type(optimizer).__name__} and {type(plan).__name__}")
         if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise ValueError("noise_generator must be a torch.Generator, or None for one seeded by the operating system, got "
+            raise ValueError("noise_generator must be a torch.Generator, or None for noise from a cryptographic generator, got "
                              f"{noise_generator!r}")
         check_clipping(clipping, plan.max_grad_norm)
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         _check_optimizer(model, optimizer)
         device = next((p.device for p in model.parameters() if p.requires_grad), None)
-        self._generator_given = noise_generator is not None
-        if noise_generator is None:
-            noise_generator = seed_from_operating_system(torch.Generator(device=device or "cpu"))
-        _check_generator(noise_generator)
-        self.model, self.optimizer, self.plan = model, optimizer, plan
-        self.clipping, self.noise, self.noise_generator = clipping, noise, noise_generator
+        if noise_generator is not None:
+            _check_generator(noise_generator)
+        self.model, self.optimizer, self.noise_generator, self._device = model, optimizer, noise_generator, device or torch.device("cpu")
+        self._plan, self._clipping, self._noise = plan, clipping, noise
         start_equal(model, (plan.to_dict(), clipping, noise))
         self.sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer")
         self.contribution_bound = contribution_bound(plan.max_grad_norm, clipping, self.sampler.num_groups)
-        self.steps_taken = self.examples_dropped = self._finite_examples = 0
+        self.steps_taken = self.examples_dropped = self._finite_examples = self._num_losses = 0
         self._training_checked = False
         self.gradient_norms: Tensor | None = None
         self.detached = False
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """Cannot be exchanged: noise and ε are those of this one."""
+        return self._plan
+
+    @property
+    def clipping(self) -> str:
+        """Cannot be exchanged: the noise is for this one."""
+        return self._clipping
+
+    @property
+    def noise(self) -> str:
+        return self._noise
 
     def backward(self, losses: Float[Tensor, " batch"]) -> None:
         """One backward pass over a micro-batch's losses; adds to the clipped sum.
@@ -100,9 +113,11 @@ class PrivateOptimizer:
             ValueError: not one loss per example, or a gradient went past the clipper.
         """
         self._check_attached()
+        check_losses(self, self._num_losses + len(losses), stepping=False)
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
+        self._num_losses += len(losses)
         kept = int(finite.sum()) if holds_data(finite) else len(losses)
         self._finite_examples += kept
         self.examples_dropped += len(losses) - kept
@@ -164,34 +179,38 @@ class PrivateOptimizer:
                              "discarded. Call private.backward(losses) only, then private.zero_grad() and repeat the batch")
         self.sampler.check_whole()
         self.sampler.check_parameters()
+        check_losses(self, self._num_losses, stepping=True)
         _check_optimizer(self.model, self.optimizer)
 
     def _add_noise(self, totals: list[Tensor]) -> None:
-        """Adds N(0, (σ · bound)²) to every entry, in place. On a CPU, where torch draws in one thread, large tensors are cut into
-        pieces with a stream each, always the same ones, which the threads share. A draw takes a buffer of at most 4 MiB."""
+        """Adds N(0, (σ · bound)²) to every entry, in place. Large tensors are cut into pieces, which threads share on a CPU; from a given
+        generator each gets a stream of its own, always the same one. A draw takes a few buffers of at most 4 MiB."""
         deviation = self.plan.noise_multiplier * self.contribution_bound
         if deviation == 0:
             return
-        draws = _SECURE_DRAWS if self.noise == "secure" else 1
+        draws, given = _SECURE_DRAWS if self.noise == "secure" else 1, self.noise_generator
 
-        def add(part: Tensor, generator: torch.Generator) -> None:
-            buffer = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
+        def add(part: Tensor, generator: torch.Generator | None) -> None:
             for _ in range(draws):  # the sum of n draws of deviation s/√n has deviation s
-                part += buffer.normal_(0, deviation / draws ** 0.5, generator=generator).to(part.device)
+                if generator is None:
+                    part += cryptographic_normals(len(part), part.dtype).mul_(deviation / draws ** 0.5).to(part.device)
+                else:
+                    buffer = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
+                    part += buffer.normal_(0, deviation / draws ** 0.5, generator=generator).to(part.device)
 
-        generator = self.noise_generator
         parts = [part for total in totals for part in total.view(-1).split(_NOISE_SLICE)]
-        alone = _NOISE_SLICE // 4 if generator.device.type == "cpu" else _NOISE_SLICE
+        alone = _NOISE_SLICE // 4 if given is None or given.device.type == "cpu" else _NOISE_SLICE
         for part in parts:
             if len(part) <= alone:
-                add(part, generator)
+                add(part, given)
         if large := [part for part in parts if len(part) > alone]:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
-                list(threads.map(add, large, spawn(generator, len(large))))
+                list(threads.map(add, large, [None] * len(large) if given is None else spawn(given, len(large))))
 
     def zero_grad(self) -> None:
         """Forgets the clipped sum and any gradient: start the batch anew."""
         self.sampler.clear()
+        self._num_losses = 0
         for parameter in self.sampler.names:
             parameter.grad = None
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,13 +232,14 @@ class PrivateOptimizer:
 
     def _check_attached(self) -> None:
         if self.detached:
-            raise ValueError("private.detach() gave the plain model back: call make_private again for more steps")
+            raise ValueError("private.detach() gave the plain model back: call make_private again for more steps, with a plan for the rest: "
+                             "what is spent then is the composition of both, which neither epsilon() knows")
 
     def state_dict(self, sampler=None) -> dict:
         """Everything a resume needs; loads with ``torch.load(..., weights_only=True)``. Take it between two steps.
 
-        It is as private as the data: it holds the state of the noise to come, and who has that can take the noise off. Resume it once,
-        with nothing changed: two runs from one state draw the same noise, and the difference of what they release has none.
+        It is as private as the data: it tells who will be in which batch. With a ``noise_generator`` of your own it holds the noise to
+        come as well: resume it once, since two runs from one state draw the same noise, and the difference of what they release has none.
 
         Args:
             sampler: the batches being iterated, so that the resumed run draws on where this one stopped.
@@ -232,15 +252,14 @@ class PrivateOptimizer:
                              "empty ones too, needs its private.step() before the state is taken")
         return {"plan": self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1],
                 "model": _cloned(self.model.state_dict()), "optimizer": _cloned(self.optimizer.state_dict()),
-                "noise_generator": self.noise_generator.get_state(), "dropout": _global_states(self.noise_generator.device),
+                "noise_generator": None if self.noise_generator is None else self.noise_generator.get_state(),
+                "dropout": _global_states(self._device),
                 "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "sampler": None if sampler is None else sampler.state_dict()}
 
     def load_state_dict(self, state: dict, sampler=None) -> None:
-        """Goes on where `state_dict` was taken: no noise is repeated or skipped, ε counts on.
-
-        Without a sampler the batches to come are others than the first run's, so earlier noise must not meet them: the
-        generator is then seeded anew by the operating system (unless you gave it, for checks).
+        """Goes on where `state_dict` was taken: no noise is repeated, ε counts on. Noise from the cryptographic generator has no state and
+        is fresh in any case; that of a given ``noise_generator`` goes on with its stream.
 
         Raises:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
@@ -257,16 +276,16 @@ class PrivateOptimizer:
                 f"{k} is {theirs.get(k)!r} there and {mine[k]!r} here" for k in different) + ". Resume with its own plan")
         if (sampler is None) != (state["sampler"] is None):
             raise ValueError("pass the sampler to both state_dict and load_state_dict, or to neither")
+        if (self.noise_generator is None) != (state["noise_generator"] is None):
+            raise ValueError("give a noise_generator to both runs (a check), or to neither")
         self.zero_grad()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.note_buffers()
-        if sampler is not None or self._generator_given:
+        if self.noise_generator is not None:
             self.noise_generator.set_state(state["noise_generator"])
-        else:
-            seed_from_operating_system(self.noise_generator)
         if "dropout" in state:
-            _set_global_states(state["dropout"], self.noise_generator.device)  # masks go on, too, as in a run that was not cut
+            _set_global_states(state["dropout"], self._device)  # masks go on, too, as in a run that was not cut
         self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])
@@ -313,7 +332,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def _check_generator(generator: torch.Generator) -> None:
     if generator is torch.default_generator or (torch.cuda.is_initialized() and generator in torch.cuda.default_generators):
         raise ValueError("the noise needs a generator of its own: torch's global one also draws dropout and can be re-seeded "
-                         "by anybody. Pass None for one seeded by the operating system")
+                         "by anybody. Pass None for noise from a cryptographic generator")
     if generator.initial_seed() == torch.Generator().initial_seed():
         warnings.warn("noise_generator was never seeded: torch gives every new generator the same public seed, so the noise can "
-                      "be subtracted. Pass None for one seeded by the operating system", stacklevel=4)
+                      "be subtracted. Pass None for noise from a cryptographic generator", stacklevel=4)

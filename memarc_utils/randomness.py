@@ -1,18 +1,47 @@
-"""Generators whose stream nobody can guess: for noise and for who is in which batch."""
+"""Random numbers that nobody can guess: noise by a cryptographic generator, and generators of who is in which batch.
 
+A statistical generator is no source of noise, however it was seeded: what it gave tells what it will give. torch's Mersenne twister
+is linear over the field of two elements, so weights that one noisy step has moved, with a few hundred coordinates whose gradient is
+known to be zero (rows of an embedding that no text of the batch uses), give its whole state and with it the rest of the noise. Draws
+of batches stay hidden, since nobody sees them.
+"""
+
+import math
 import os
+import ssl
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 # torch's CPU generator is a Mersenne twister: its state is the seed, two counters, the position, 624 words, a kept normal.
 _HEADER, _WORDS = "<QiiQ", 624
 _STATE_BYTES = 5056
 
 
+def cryptographic_normals(count: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, " count"]:
+    """Standard normals on the CPU, by Box and Muller from OpenSSL's generator (AES-256 in counter mode, keyed by the operating system).
+
+    ``√(−2 ln u) (cos 2πv, sin 2πv)`` with u and v of 32 bits, of 64 for float64. Nothing is kept: there is no state to save, and
+    no number can be drawn twice.
+
+    >>> cryptographic_normals(3).shape
+    torch.Size([3])
+    """
+    pairs, wide = -(-count // 2), dtype == torch.float64
+    real, words, bits = (np.float64, np.uint64, 64) if wide else (np.float32, np.uint32, 32)
+    uniform = np.frombuffer(ssl.RAND_bytes(2 * pairs * bits // 8), words).astype(real)
+    uniform += real(0.5)  # never 0
+    uniform *= real(2.0**-bits)
+    radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), uniform[pairs:] * real(2 * math.pi)
+    return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count])
+
+
 def seed_from_operating_system(generator: torch.Generator) -> torch.Generator:
-    """Gives the generator a stream that the operating system chose.
+    """Gives the generator a stream that the operating system chose; for draws that nobody sees.
 
     ``generator.seed()`` alone is not enough on a CPU: the Mersenne twister is filled from 32 bits of the seed, and who sees
     a few values of noise can try all 4·10⁹ of them. So its 624 words are drawn themselves. On CUDA the key has 64 bits.

@@ -502,7 +502,7 @@ def test_unseeded_noise_generator_is_warned_of():
     """torch.Generator() always starts from the same published seed: noise that anybody can subtract."""
     assert torch.Generator().initial_seed() == torch.Generator().initial_seed()
     with pytest.warns(UserWarning,
-                      match="noise_generator was never seeded.*Pass None for one seeded by the operating system"):
+                      match="noise_generator was never seeded.*Pass None for noise from a cryptographic generator"):
         make_private(*optimizer_of(linear()), plan_for_tests(), noise_generator=torch.Generator())
 
 
@@ -992,6 +992,7 @@ def test_states_that_do_not_fit_are_refused():
     private.step()
     state = private.state_dict(batches)
     bare = private.state_dict()
+    iterator.close()
     private.backward(plain_losses(model, padded_batch(model, tokens=4)))
     with pytest.raises(ValueError, match="a batch is half done: take the state after private.step"):
         private.state_dict(batches)

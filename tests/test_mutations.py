@@ -59,9 +59,9 @@ def divisor_of_the_batch_at_hand(patch):
 
     def divided(self):
         size, plan = max(1, self._finite_examples), self.plan
-        self.plan = accounting.PrivacyPlan.from_dict({**plan.to_dict(), "expected_batch_size": size})
+        self._plan = accounting.PrivacyPlan.from_dict({**plan.to_dict(), "expected_batch_size": size})
         step(self)
-        self.plan = plan
+        self._plan = plan
 
     patch.setattr(PrivateOptimizer, "step", divided)
 
