@@ -113,11 +113,11 @@ class PrivateOptimizer:
             ValueError: not one loss per example, or a gradient went past the clipper.
         """
         self._check_attached()
-        check_losses(self, self._num_losses + len(losses), stepping=False)
+        check_losses(self, self._num_losses + losses.numel() if isinstance(losses, Tensor) else 0, stepping=False)
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
-        self._num_losses += len(losses)
+        self._num_losses += losses.numel()
         kept = int(finite.sum()) if holds_data(finite) else len(losses)
         self._finite_examples += kept
         self.examples_dropped += len(losses) - kept

@@ -28,6 +28,7 @@ from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.pitfalls import ORDERS, honest_epsilon, largest_contribution, refused, search_divergence, search_epsilon
+from memarc_utils.randomness import _with_words
 from memarc_utils.reversible import make_reversible, reversible_blocks
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import causal_lm_losses
@@ -489,3 +490,42 @@ def test_every_exhibit_is_a_test_and_every_test_an_exhibit():
     own = {"bad_arguments_are_refused", "honest_epsilon_of_one_gaussian", "every_exhibit_is_a_test_and_every_test_an_exhibit"}
     tests = [name.removeprefix("test_") for name in globals() if name.startswith("test_")]
     assert [name for name in tests if name not in own] == calls
+
+
+def test_noise_of_a_twister():
+    """624 words of torch's generator on a CPU are its state; noise that nobody gave a generator for has none."""
+    victim = seeded(5)
+    pairs = torch.empty(312, dtype=torch.int64).random_(-2**63, None, generator=victim).tolist()
+    words = [word for pair in pairs for word in (pair >> 32 & 0xFFFFFFFF, pair & 0xFFFFFFFF)]
+
+    def back(word):
+        word ^= word >> 18
+        word ^= (word << 15) & 0xEFC60000
+        for shift, mask, rounds in ((-7, 0x9D2C5680, 5), (11, 0xFFFFFFFF, 3)):
+            start = word
+            for _ in range(rounds):
+                word = start ^ ((word << -shift if shift < 0 else word >> shift) & mask)
+        return word
+
+    clone = _with_words(torch.Generator().manual_seed(0), [back(word) for word in words])
+    assert torch.equal(torch.empty(99).normal_(generator=clone), torch.empty(99).normal_(generator=victim))
+    model = nn.Linear(2, 2)
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), PLAN)
+    assert private.noise_generator is None and private.state_dict()["noise_generator"] is None
+
+
+def test_several_batches_in_one_step():
+    plan, rows = PrivacyPlan(dataset_size=6, expected_batch_size=6, num_steps=4, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-2), torch.randn(6, 3)
+
+    def total(some):
+        torch.manual_seed(0)
+        private = private_sgd(nn.Linear(3, 1), plan)
+        for _ in range(4):
+            private.backward(100 * private.model(some)[:, 0])
+        return torch.cat([t.flatten() for t in private.clipped_sum().values()])
+
+    assert float((total(rows) - total(rows[1:])).norm()) == pytest.approx(4.0, rel=1e-4)
+    private = private_sgd(nn.Linear(3, 1), plan)
+    batches = batch_selection.poisson_batches([{"x": row} for row in rows], plan, collate=lambda some: {"x": torch.stack([row["x"] for row in some])})
+    message = refused(lambda: [private.backward(private.model(micro["x"])[:, 0]) for batch in batches for micro in batch])
+    assert "one private.step() a batch" in message
