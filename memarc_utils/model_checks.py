@@ -59,11 +59,15 @@ def check_no_batch_statistics(model: nn.Module) -> None:
             raise ValueError(f"{weight} is rescaled in the forward pass, row by row as a batch looks them up (max_norm), whether it trains "
                              f"or not: the table would show the batch's tokens. Set max_norm=None, after rescaling it once: "
                              f"{weight}.data.renorm_({module.norm_type}, 0, {module.max_norm})")
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
-        if mixes and "train" not in vars(module):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch and keeps their "
-                             "statistics. Replace it by GroupNorm or LayerNorm, or keep it as it is with backbones.freeze(module)")
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        mixes = batch_norm or (isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
+        # Without running statistics it takes the batch's own in evaluation mode too.
+        always = batch_norm and module.running_mean is None
+        if mixes and (always or "train" not in vars(module)):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
+            what = "without running statistics, in evaluation mode too" if always else "and keeps their statistics"
+            mend = "" if always else ", or keep it as it is with backbones.freeze(module)"
+            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch {what}. Replace it by "
+                             f"GroupNorm or LayerNorm{mend}")
 
 
 def check_losses(losses: object) -> None:
