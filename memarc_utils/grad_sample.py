@@ -244,12 +244,11 @@ class GradSampler:
         if batch != self._recording_for:
             raise ValueError(f"the model was called with {batch} examples but backward got {self._recording_for} losses: "
                              "give exactly one loss for each example of the model call")
-        if self._probe.running:
-            self._probe.look(self._owner_names[module], grad_output.unflatten(0, (batch, -1)) if folded else grad_output)
-            return
         if folded:
             inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
             grad_output = grad_output.unflatten(0, (batch, -1))
+        if self._probe.look(self._owner_names[module], grad_output):
+            return
         parameters, group = dict(module.named_parameters(recurse=False)), self._groups[module]
         if group in self._clipped_groups:
             raise ValueError(f"the layer {self._owner_names[module]} was used again after its gradient was clipped by itself, which "
@@ -308,6 +307,7 @@ class GradSampler:
             with full_precision(device):
                 self._probe.run(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
+                self._probe.compare()
                 self.check_no_grad()
                 for group in sorted({self._groups[p] for p in self._held}):
                     self._clip_and_add(group)
