@@ -127,12 +127,11 @@ class WatchedBuffers:
     read.
 
     Args:
-        trainable: watch what trains as well.
         since: what the message says of the time that is watched.
     """
 
-    def __init__(self, model: nn.Module, trainable: bool = False, since: str = "since make_private") -> None:
-        self._model, self._trainable, self._since = model, trainable, since
+    def __init__(self, model: nn.Module, since: str = "since make_private") -> None:
+        self._model, self._since = model, since
         self._known = set(model.parameters())
         watched = list(self._watched())
         contents = _fingerprints([tensor for _, _, tensor in watched])
@@ -141,8 +140,8 @@ class WatchedBuffers:
     def _watched(self) -> Iterator[tuple[str, str, Tensor]]:
         yield from (("buffer", name, buffer) for name, buffer in self._model.named_buffers())
         for name, parameter in self._model.named_parameters():
-            if self._trainable or not parameter.requires_grad:
-                yield "parameter" if parameter.requires_grad else "frozen parameter", name, parameter
+            if not parameter.requires_grad:
+                yield "frozen parameter", name, parameter
 
     def check(self) -> None:
         """Raises:
@@ -164,6 +163,69 @@ class WatchedBuffers:
             raise ValueError(f"the {kind} {name} was written {self._since}: what a forward pass keeps of a batch is private data without "
                              "noise. Remove the write, or make it before the training (weights that you load yourself between two steps "
                              "of DP-SGD: call private.sampler.note_buffers() after)")
+
+
+class WatchedParameters:
+    """Remembers what trains from the first forward pass of a step to the step: between those only a forward pass can write it, and what
+    that takes from the batch is released beside the noise. Of more than `_MOST_READ` parameters the numbers of so many are compared,
+    drawn anew each step, and the versions of all.
+
+    Args:
+        names: the parameters and what to call them.
+        since: what the message says of the time that is watched.
+    """
+
+    def __init__(self, names: dict[nn.Parameter, str], since: str = "in a forward pass since the last step") -> None:
+        self._names, self._since = names, since
+        self.forget()
+
+    def note(self) -> None:
+        """At each forward pass; the first one since `forget` counts."""
+        if self._versions is None:
+            some = [p for p in self._names if _is_plain(p)]
+            self._versions = {p: _version(p) for p in some}
+            self._read = some if len(some) <= _MOST_READ else random.SystemRandom().sample(some, _MOST_READ)
+            self._contents = _fingerprints(self._read)
+
+    def forget(self) -> None:
+        self._versions: dict[nn.Parameter, int] | None = None
+        self._read: list[nn.Parameter] = []
+        self._contents: list[tuple | None] = []
+
+    def check(self, release: bool = True) -> None:
+        """
+        Args:
+            release: False leaves numbers on a GPU to the check before the release, since reading them waits for it.
+
+        Raises:
+            ValueError: one was written since `note`.
+        """
+        if self._versions is None:
+            return
+        pairs = [(p, content) for p, content in zip(self._read, self._contents) if release or p.device.type == "cpu"]
+        found = zip(pairs, _fingerprints([p for p, _ in pairs]))
+        same = {p: content == now for (p, content), now in found if content is not None}
+        for parameter, version in self._versions.items():
+            whole = same.get(parameter) and parameter.numel() <= _SAMPLE  # no number is another, whatever was written
+            if not same.get(parameter, True) or not whole and _version(parameter) != version:
+                raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a batch "
+                                 "is private data without noise. Remove the write (first-call initialisations too); weights of your own "
+                                 "load between a step and the next forward pass, or before private.zero_grad()")
+
+
+def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
+    """Raises:
+        ValueError: other parameters train than at the start, or one has a hook that steps.
+    """
+    if hooked := [name for p, name in names.items() if p._post_accumulate_grad_hooks]:
+        raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
+    now = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if added := [name for p, name in now.items() if p not in names]:
+        raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "
+                         "the model to its device first, then call make_private")
+    if gone := [name for p, name in names.items() if p not in now]:
+        raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
+                         "private.detach(), change the model, then call make_private again")
 
 
 def _version(tensor: Tensor) -> int:
