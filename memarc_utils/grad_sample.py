@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from memarc_utils.book_keeping import BOOKKEEPINGS, Grams, HeldGradient, accumulation_dtype, holds_data
 from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
-from memarc_utils.model_checks import WatchedBuffers, check_losses, check_no_batch_statistics, check_owner, groups_of
+from memarc_utils.model_checks import (WatchedBuffers, WatchedParameters, check_losses, check_no_batch_statistics, check_owner,
+                                       check_same_parameters, groups_of)
 from memarc_utils.padding import check_padding
 from memarc_utils.probe import Probe
 
@@ -147,6 +148,7 @@ class GradSampler:
         rules = [check_owner(name, module) for name, module in owners]
         check_no_batch_statistics(model)
         self.note_buffers()
+        self._trainables = WatchedParameters(self.names)
         self._groups = groups_of([module for _, module in owners])
         if not per_layer:  # clipped together
             self._groups = dict.fromkeys(self._groups, 0)
@@ -195,6 +197,7 @@ class GradSampler:
         self.sums, self.foreign_backward, self.half_done, self._layer_called = {}, False, False, False
         self._model_calls = self._backwards = 0
         self._probe.next_step()
+        self._trainables.forget()
         self._forget_backward()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -204,6 +207,7 @@ class GradSampler:
             self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
         self._counting = True
+        self._trainables.note()
         self._model_calls += module is self.model
         check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
@@ -221,7 +225,9 @@ class GradSampler:
     def with_batch_axis(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, bool]:
         """Makes the first axis the batch: positions that come as (1, T) are expanded, rows folded to B·T are noted."""
         batch = self._recording_for or self._batch or inputs[0].shape[0]
-        self._layer_called |= self._recording_for is None  # what is recomputed is no new use
+        if self._recording_for is None:  # what is recomputed is no new use
+            self._layer_called = True
+            self._trainables.note()
         def is_lookup(t):
             return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
 
@@ -244,12 +250,11 @@ class GradSampler:
         if batch != self._recording_for:
             raise ValueError(f"the model was called with {batch} examples but backward got {self._recording_for} losses: "
                              "give exactly one loss for each example of the model call")
-        if self._probe.running:
-            self._probe.look(self._owner_names[module], grad_output.unflatten(0, (batch, -1)) if folded else grad_output)
-            return
         if folded:
             inputs = tuple(None if t is None else t.unflatten(0, (batch, -1)) for t in inputs)
             grad_output = grad_output.unflatten(0, (batch, -1))
+        if self._probe.look(self._owner_names[module], grad_output):
+            return
         parameters, group = dict(module.named_parameters(recurse=False)), self._groups[module]
         if group in self._clipped_groups:
             raise ValueError(f"the layer {self._owner_names[module]} was used again after its gradient was clipped by itself, which "
@@ -296,7 +301,7 @@ class GradSampler:
         check_losses(losses)
         if len(losses) == 0:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
-        self.check_parameters()
+        self.check_parameters(release=False)
         self.check_whole()
         if 0 < self._model_calls <= self._backwards and not self._layer_called:
             raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts "
@@ -308,6 +313,7 @@ class GradSampler:
             with full_precision(device):
                 self._probe.run(losses)
                 torch.autograd.backward(losses, torch.ones_like(losses))
+                self._probe.compare()
                 self.check_no_grad()
                 for group in sorted({self._groups[p] for p in self._held}):
                     self._clip_and_add(group)
@@ -384,16 +390,10 @@ class GradSampler:
             raise ValueError("the last private.backward stopped half way and part of it is in the sum: call private.zero_grad() and "
                              "repeat the batch")
 
-    def check_parameters(self) -> None:
-        """The trainable parameters are those that were there at the start, none holds a gradient, no buffer has changed."""
+    def check_parameters(self, release: bool = True) -> None:
+        """The trainable parameters are those that were there at the start, none holds a gradient, nothing was written by a forward
+        pass; ``release``: before a step, not only before a backward pass."""
         self.check_no_grad()
         self._buffers.check()
-        if hooked := [name for p, name in self.names.items() if p._post_accumulate_grad_hooks]:
-            raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
-        now = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
-        if added := [name for p, name in now.items() if p not in self.names]:
-            raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "
-                             "the model to its device first, then call make_private")
-        if gone := [name for p, name in self.names.items() if p not in now]:
-            raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
-                             "private.detach(), change the model, then call make_private again")
+        check_same_parameters(self.model, self.names)
+        self._trainables.check(release)

@@ -59,11 +59,15 @@ def check_no_batch_statistics(model: nn.Module) -> None:
             raise ValueError(f"{weight} is rescaled in the forward pass, row by row as a batch looks them up (max_norm), whether it trains "
                              f"or not: the table would show the batch's tokens. Set max_norm=None, after rescaling it once: "
                              f"{weight}.data.renorm_({module.norm_type}, 0, {module.max_norm})")
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) or (
-            isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
-        if mixes and "train" not in vars(module):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch and keeps their "
-                             "statistics. Replace it by GroupNorm or LayerNorm, or keep it as it is with backbones.freeze(module)")
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        mixes = batch_norm or (isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
+        # Without running statistics it takes the batch's own in evaluation mode too.
+        always = batch_norm and module.running_mean is None
+        if mixes and (always or "train" not in vars(module)):  # memarc_utils.backbones.freeze keeps a module in evaluation mode
+            what = "without running statistics, in evaluation mode too" if always else "and keeps their statistics"
+            mend = "" if always else ", or keep it as it is with backbones.freeze(module)"
+            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}: it mixes the examples of a batch {what}. Replace it by "
+                             f"GroupNorm or LayerNorm{mend}")
 
 
 def check_losses(losses: object) -> None:
@@ -123,12 +127,11 @@ class WatchedBuffers:
     read.
 
     Args:
-        trainable: watch what trains as well.
         since: what the message says of the time that is watched.
     """
 
-    def __init__(self, model: nn.Module, trainable: bool = False, since: str = "since make_private") -> None:
-        self._model, self._trainable, self._since = model, trainable, since
+    def __init__(self, model: nn.Module, since: str = "since make_private") -> None:
+        self._model, self._since = model, since
         self._known = set(model.parameters())
         watched = list(self._watched())
         contents = _fingerprints([tensor for _, _, tensor in watched])
@@ -137,8 +140,8 @@ class WatchedBuffers:
     def _watched(self) -> Iterator[tuple[str, str, Tensor]]:
         yield from (("buffer", name, buffer) for name, buffer in self._model.named_buffers())
         for name, parameter in self._model.named_parameters():
-            if self._trainable or not parameter.requires_grad:
-                yield "parameter" if parameter.requires_grad else "frozen parameter", name, parameter
+            if not parameter.requires_grad:
+                yield "frozen parameter", name, parameter
 
     def check(self) -> None:
         """Raises:
@@ -160,6 +163,69 @@ class WatchedBuffers:
             raise ValueError(f"the {kind} {name} was written {self._since}: what a forward pass keeps of a batch is private data without "
                              "noise. Remove the write, or make it before the training (weights that you load yourself between two steps "
                              "of DP-SGD: call private.sampler.note_buffers() after)")
+
+
+class WatchedParameters:
+    """Remembers what trains from the first forward pass of a step to the step: between those only a forward pass can write it, and what
+    that takes from the batch is released beside the noise. Of more than `_MOST_READ` parameters the numbers of so many are compared,
+    drawn anew each step, and the versions of all.
+
+    Args:
+        names: the parameters and what to call them.
+        since: what the message says of the time that is watched.
+    """
+
+    def __init__(self, names: dict[nn.Parameter, str], since: str = "in a forward pass since the last step") -> None:
+        self._names, self._since = names, since
+        self.forget()
+
+    def note(self) -> None:
+        """At each forward pass; the first one since `forget` counts."""
+        if self._versions is None:
+            some = [p for p in self._names if _is_plain(p)]
+            self._versions = {p: _version(p) for p in some}
+            self._read = some if len(some) <= _MOST_READ else random.SystemRandom().sample(some, _MOST_READ)
+            self._contents = _fingerprints(self._read)
+
+    def forget(self) -> None:
+        self._versions: dict[nn.Parameter, int] | None = None
+        self._read: list[nn.Parameter] = []
+        self._contents: list[tuple | None] = []
+
+    def check(self, release: bool = True) -> None:
+        """
+        Args:
+            release: False leaves numbers on a GPU to the check before the release, since reading them waits for it.
+
+        Raises:
+            ValueError: one was written since `note`.
+        """
+        if self._versions is None:
+            return
+        pairs = [(p, content) for p, content in zip(self._read, self._contents) if release or p.device.type == "cpu"]
+        found = zip(pairs, _fingerprints([p for p, _ in pairs]))
+        same = {p: content == now for (p, content), now in found if content is not None}
+        for parameter, version in self._versions.items():
+            whole = same.get(parameter) and parameter.numel() <= _SAMPLE  # no number is another, whatever was written
+            if not same.get(parameter, True) or not whole and _version(parameter) != version:
+                raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a batch "
+                                 "is private data without noise. Remove the write (first-call initialisations too); weights of your own "
+                                 "load between a step and the next forward pass, or before private.zero_grad()")
+
+
+def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
+    """Raises:
+        ValueError: other parameters train than at the start, or one has a hook that steps.
+    """
+    if hooked := [name for p, name in names.items() if p._post_accumulate_grad_hooks]:
+        raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
+    now = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    if added := [name for p, name in now.items() if p not in names]:
+        raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "
+                         "the model to its device first, then call make_private")
+    if gone := [name for p, name in names.items() if p not in now]:
+        raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
+                         "private.detach(), change the model, then call make_private again")
 
 
 def _version(tensor: Tensor) -> int:

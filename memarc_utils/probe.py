@@ -43,8 +43,11 @@ class Schedule:
 
 
 class Probe:
-    """Sends a random half of a batch's losses back, each with a random weight, then the other half, and demands that no other
-    example's row is reached in any layer. A batch mean, a first axis that is not the batch, or an in-batch negative reaches them.
+    """Sends a random half of a batch's losses back, then the other half, and demands that no other example's row is reached in any
+    layer. A batch mean, a first axis that is not the batch, or an in-batch negative reaches them. The losses have random weights,
+    so that what they do to one row does not cancel; those of half of the rows are 1, and such a row must get the gradient that it
+    gets in the pass that counts, all rows together: a hook that divides by the norm of the batch reaches no other row, but couples
+    them. (A hook that does anything to each row by itself, a clamp for example, may.)
 
     It costs two backward passes in the steps of the `Schedule`, and again while a layer has not been seen. No gradient can show what
     meets behind a ``detach``, nor what meets below the lowest layer that trains, as in a frozen body that calls
@@ -56,49 +59,96 @@ class Probe:
 
     def __init__(self, layers: set[str]) -> None:
         self._unseen, self._probed, self._schedule = set(layers), 0, Schedule(on=bool(layers))
-        self._sent: Bool[Tensor, " batch"] | None = None
+        self._sent: Bool[Tensor, " batch"] | None = None  # whose losses this pass of the probe's own sends back
+        self._compared: list[Bool[Tensor, " batch"]] = []
         self._reached: list[tuple[str, Tensor, Tensor]] = []
-
-    @property
-    def running(self) -> bool:
-        return self._sent is not None
+        self._sizes: list[dict[str, list[Tensor]]] = []  # of the rows, pass by pass, layer by layer, use by use; empty: look at nothing
+        self._coarse = False
 
     def next_step(self) -> None:
         self._schedule.next_step(again=bool(self._unseen) and self._probed < _MOST_FOR_UNSEEN)
 
-    def look(self, layer: str, grad_output: Float[Tensor, "batch ..."]) -> None:
-        """What reached a layer, example by example. Of an example that is not finite nothing can be said: 0 · inf is nan."""
+    def look(self, layer: str, grad_output: Float[Tensor, "batch ..."]) -> bool:
+        """What reached a layer, example by example; whether the pass is the probe's own and counts for nothing. Of an example that is
+        not finite nothing can be said: 0 · inf is nan."""
+        if not self._sizes:
+            return False
         grad_output = grad_output.detach() if grad_output.dim() > 1 else grad_output.detach()[:, None]
-        largest = torch.linalg.vector_norm(grad_output, ord=float("inf"), dim=tuple(range(1, grad_output.dim())))  # makes no copy
-        reached, sent = largest > 0, self._sent.to(largest.device)
+        dims = tuple(range(1, grad_output.dim()))
+        self._coarse |= grad_output.element_size() < 4
+        self._sizes[-1].setdefault(layer, []).append(torch.linalg.vector_norm(grad_output, ord=1, dim=dims))  # makes no copy
+        if self._sent is None:
+            return False
+        reached = torch.linalg.vector_norm(grad_output, ord=float("inf"), dim=dims) > 0
+        sent = self._sent.to(reached.device)
         self._reached.append((layer, (reached & ~sent).any(), (reached & sent).any()))
+        return True
 
     def run(self, losses: Float[Tensor, " batch"]) -> None:
-        """Raises:
+        """Before the pass that counts.
+
+        Raises:
             ValueError: one example's loss reaches another's rows.
         """
+        self._sizes = []
         if not (self._schedule.due and len(losses) > 1 and holds_data(losses)):
             return
         generator = self._schedule.generator
         weights = torch.rand(len(losses), generator=generator) + 0.5
         order = torch.randperm(len(losses), generator=generator)
-        half = torch.zeros(len(losses), dtype=torch.bool)
-        half[order[:len(losses) // 2]] = True
-        self._reached = []
+        halves = order[:len(losses) // 2], order[len(losses) // 2:]
+        self._reached, self._compared, self._coarse = [], [], False
         before = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in _leaves(losses)]
         try:
-            for self._sent in (half, ~half):
+            for rows in halves:
+                alike = rows[:max(1, len(rows) // 2)]
+                weights[alike] = 1
+                self._sent, compared = torch.zeros(2, len(losses), dtype=torch.bool)
+                self._sent[rows], compared[alike] = True, True
+                self._compared.append(compared)
+                self._sizes.append({})
                 torch.autograd.backward(losses, (weights * self._sent).to(losses), retain_graph=True)
+        except BaseException:
+            self._sizes = []
+            raise
         finally:
             self._sent = None
             for leaf, grad in before:  # an input that requires a gradient gets it once, from the pass that counts
                 leaf.grad = grad
         self._unseen -= {name for name, _, own in self._reached if own}
         if met := [name for name, others, _ in self._reached if others]:
+            self._sizes = []
             raise ValueError(f"one example's loss reaches other examples' rows in the layer {met[0] or 'of the model'}: examples "
                              "meet there or in the loss (in-batch negatives, a mean over the batch, a first axis that is not the "
                              "batch), so no clipping bounds one example's share. Keep every example's loss to itself")
         self._probed, self._schedule.due = self._probed + 1, False
+        self._sizes.append({})
+
+    def compare(self) -> None:
+        """After the pass that counts, before its sum does.
+
+        Raises:
+            ValueError: a row's gradient depends on which others were sent back with it.
+        """
+        passes, self._sizes = self._sizes, []
+        if not passes or not passes[-1]:
+            return
+        *alone, together = passes
+        tolerance = _TOLERANCE_16_BITS if self._coarse else _TOLERANCE
+        # Of a row that is all rounding (a sum over normalised entries) no order of adding on a GPU need be the same: its own largest
+        # gradient in any layer says what that can be. Other rows do not, or a large one would hide the others.
+        rounding = 1e-3 * torch.stack([size.cpu().float() for uses in together.values() for size in uses]).nan_to_num().amax(0)
+        found: list[tuple[str, Tensor]] = []
+        for compared, sizes in zip(self._compared, alone):
+            for layer, uses in sizes.items():
+                for part, whole in zip(uses, together.get(layer, [])):
+                    gap = (part - whole).abs() > tolerance * (whole + rounding.to(whole))
+                    found.append((layer, (gap & part.isfinite() & whole.isfinite() & compared.to(gap.device)).any()))
+        if coupled := [layer for layer, differs in found if differs]:
+            raise ValueError(f"an example's gradient in the layer {coupled[0] or 'of the model'} depends on which others are sent back with "
+                             "it: a backward hook or a custom backward at or above it couples the examples (it divides by a norm of the "
+                             "batch, for instance), so no clipping bounds one example's share. Remove it, or let it treat each row by "
+                             "itself; where a part is computed again, let it draw the same random numbers (preserve_rng_state=True)")
 
 
 def _leaves(losses: Tensor) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from memarc_utils.book_keeping import holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors
 from memarc_utils.grad_sample import GradSampler
-
+from memarc_utils.model_checks import check_no_batch_statistics
 
 # Columns that lie under `attention_mask`, one entry a token; others may have its width by chance.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "inputs_embeds", "labels")
@@ -58,8 +60,9 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
 
     Every example is left out once (is the clipped sum moved by at most C, neighbours and their padding included?), and every example's
     gradient as the engine sees it inside the batch is compared with that of a plain loop, one example at a time, without
-    the engine. Dropout is off meanwhile (evaluation mode), activation checkpointing stays on where it is enabled; the model
-    comes back as it was. Costs about 3 B passes.
+    the engine. Dropout rests meanwhile; otherwise the model is measured in the mode that it is in, so give it as it trains: what is done
+    in training mode only shows in no other. A model that draws other random numbers there is measured in evaluation mode, with a
+    warning. Activation checkpointing stays on where it is enabled; the model comes back as it was. Costs about 3 B passes.
 
     Args:
         model: with its trainable parameters chosen; not private yet.
@@ -74,9 +77,10 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
     check_micro_batch(micro_batch)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model has requires_grad=True: choose what to train first, for instance with add_lora")
+    check_no_batch_statistics(model)  # before a pass in training mode moves them
     coarse = any(p.requires_grad and p.element_size() < 4 for p in model.parameters())
     batch = _batch_size(micro_batch)
-    with _without_dropout(model) as checkpoint_again:
+    with _without_dropout(model, lambda: loss_per_example(model, micro_batch)) as checkpoint_again:
         loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
         comparable = [i for i in range(batch) if math.isfinite(_distance(loop[i], {}))]
         if not comparable:
@@ -112,29 +116,58 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
 
 
 @contextlib.contextmanager
-def _without_dropout(model: nn.Module):
-    """Evaluation mode; yields a function that turns activation checkpointing back on, which transformers ties to training
-    mode, with the blocks' own dropout rates at zero."""
+def _without_dropout(model: nn.Module, losses: Callable[[], Tensor]):
+    """The model's own mode with every dropout at rest; evaluation mode where its losses are random all the same. Yields a function that
+    turns activation checkpointing back on, which transformers ties to training mode: a module that checkpoints is in evaluation
+    mode until then, since a plain loop shall not depend on it."""
     modes = {m: m.training for m in model.modules()}
-    rates: list[tuple[nn.Module, str, float]] = []
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    rates: list[tuple[object, str, float]] = []
 
     def checkpoint_again() -> None:
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True
-                for name, value in vars(module).items():
-                    if "dropout" in name and isinstance(value, float):
-                        rates.append((module, name, value))
-                        setattr(module, name, 0.0)
 
-    model.eval()
     try:
+        for module in model.modules():
+            is_dropout = isinstance(module, nn.modules.dropout._DropoutNd) or "drop" in type(module).__name__.lower()
+            if is_dropout or getattr(module, "gradient_checkpointing", False):
+                module.training = False
+            for owner in (module, getattr(module, "config", None)):  # rates that a function is called with
+                for name, value in list(vars(owner).items()) if hasattr(owner, "__dict__") else []:
+                    if ("drop" in name or is_dropout and name == "p") and isinstance(value, float) and value:
+                        rates.append((owner, name, value))
+                        vars(owner)[name] = 0.0  # a configuration may be frozen
+        if any(m.training for m in model.modules()) and _are_random(losses):
+            warnings.warn("in training mode the losses are random, also without dropout, so one pass cannot be compared with the next: "
+                          "measured in evaluation mode. What the model does in training mode only is not seen", stacklevel=4)
+            model.eval()
         yield checkpoint_again
     finally:
-        for module, name, value in rates:
-            setattr(module, name, value)
+        for owner, name, value in rates:
+            vars(owner)[name] = value
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if holds_data(buffer) and not torch.equal(buffer, before):  # statistics that a forward pass keeps
+                    buffer.copy_(before)
+
+
+def _are_random(losses: Callable[[], Tensor]) -> bool:
+    """Whether they follow the seed, by more than the order of a sum on a GPU can do: what differs under one seed too is no chance but
+    follows the passes before it, and that the engine shall see."""
+    def under(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return losses()
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        return not holds_data(one) or torch.allclose(one, other, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+    with torch.no_grad(), torch.random.fork_rng():
+        first = under(0)
+        return not same(first, under(1)) and same(first, under(0))
 
 
 def check_micro_batch(micro_batch) -> None:

@@ -34,7 +34,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.model_checks import WatchedBuffers, check_no_batch_statistics, check_not_begun, check_sampler, check_state
+from memarc_utils.model_checks import (WatchedBuffers, WatchedParameters, check_no_batch_statistics, check_not_begun, check_sampler,
+                                       check_state)
 from memarc_utils.probe import LossProbe, num_examples
 
 _PIECE = 2**20  # numbers of a direction that stand in memory at once
@@ -157,8 +158,7 @@ class ZerothOrderOptimizer:
         self.model, self.plan, self.noise = model, plan, noise
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
         self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
-        self.steps_taken = self.examples_dropped = 0
-        self._probe = LossProbe()
+        self.steps_taken, self.examples_dropped, self._probe = 0, 0, LossProbe()
         self._check_learning_rate()
 
     def step(self, batch: Iterable[Any], loss_per_example: Callable[[nn.Module, Any], Tensor]) -> None:
@@ -306,12 +306,12 @@ class ZerothOrderOptimizer:
                                  'for example with reduction="none"')
             return losses.double().cpu()
 
-        watched = WatchedBuffers(self.model, trainable=True, since="in a forward pass") if look else None
+        watched = WatchedParameters({p: name for name, p in _trainable(self.model).items()}, since="in a forward pass")
+        watched.note()
         found = [compute(micro_batch) for micro_batch in micro_batches]
-        if look:
-            watched.check()
-            for micro_batch, losses in zip(micro_batches, found):
-                self._probe.run(micro_batch, losses, compute, device)
+        watched.check()
+        for micro_batch, losses in zip(micro_batches, found) if look else ():
+            self._probe.run(micro_batch, losses, compute, device)
         return torch.cat([torch.zeros(0, dtype=torch.float64), *found])
 
     def _clipped_sum(self, differences: Float[Tensor, "examples directions"]) -> Float[Tensor, " directions"]:

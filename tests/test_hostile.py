@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import select_bias_terms
-from memarc_utils.backbones import tiny_backbone
+from memarc_utils.backbones import freeze, tiny_backbone
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
 from memarc_utils.function_rules import per_example_loop
@@ -19,6 +20,7 @@ from memarc_utils.grad_sample import GradSampler
 from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import classification_losses
+from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5, tiny
 
 loops = pytest.mark.filterwarnings("ignore:no rule of its own")
@@ -548,3 +550,78 @@ def test_a_wrong_state_is_named(state):
     private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
     with pytest.raises(ValueError, match="give what private.state_dict\\(\\) returned"):
         private.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------- what is done in one mode only, or in both
+@loops
+def test_a_frozen_batch_norm_without_running_statistics_is_refused():
+    """It takes the batch's own in evaluation mode too, so freezing makes it no constant."""
+    def model(norm):
+        return nn.Sequential(freeze(nn.Sequential(nn.Linear(3, 4), norm)), nn.Linear(4, 2))
+
+    with pytest.raises(ValueError, match="0.1 is a BatchNorm1d.*evaluation mode too. Replace it by GroupNorm or LayerNorm$"):
+        private_sgd(model(nn.BatchNorm1d(4, track_running_stats=False)))
+    with pytest.raises(ValueError, match="0.1 is a BatchNorm1d.*GroupNorm or LayerNorm$"):
+        make_zeroth_order(model(nn.BatchNorm1d(4, track_running_stats=False)), plan_for_tests(), 0.1)
+    private = private_sgd(model(nn.BatchNorm1d(4)))
+    private.backward(private.model(x_of(5, 3)).square().sum(1))
+    private_sgd(nn.Sequential(freeze(nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)), nn.InstanceNorm1d(2))), nn.Flatten(),
+                              nn.Linear(4, 2)))  # each example by itself
+    with pytest.raises(ValueError, match="the model is a BatchNorm1d.*keep it as it is with backbones.freeze"):
+        private_sgd(nn.BatchNorm1d(4))
+
+
+class Centred(nn.Module):
+    """Meets below the lowest layer that trains, in one mode only; its dropouts are a layer, a rate of its own and one of its config."""
+
+    def __init__(self, centred=True, noise=0.0):
+        super().__init__()
+        self.body, self.head, self.dropout = nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 2), nn.Dropout(0.5)
+        self.attention_dropout, self.centred, self.noise = 0.5, centred, noise
+        self.config = types.SimpleNamespace(hidden_dropout_prob=0.5)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        x = self.body(x)
+        if self.training:
+            x = x - x.mean(0) if self.centred else x
+            x = x + self.noise * torch.randn_like(x)
+        for rate in (self.attention_dropout, self.config.hidden_dropout_prob):
+            x = F.dropout(x, rate, self.training)
+        return self.head(self.dropout(x))
+
+
+def test_the_sensitivity_check_measures_in_the_mode_of_the_training():
+    def report(model):
+        before = [m.training for m in model.modules()]
+        found = verify_sensitivity(model, lambda m, b: 20 * m(b["x"]).square().sum(1), {"x": batch}, 1.0)
+        assert before == [m.training for m in model.modules()]
+        assert (model.dropout.p, model.attention_dropout, model.config.hidden_dropout_prob) == (0.5, 0.5, 0.5)
+        return found
+
+    batch = x_of(6, 3)
+    batch[0] *= 1000
+    torch.manual_seed(0)
+    assert report(Centred()).max_contribution > 1.5
+    assert report(Centred().eval()).holds
+    assert report(Centred(centred=False)).holds, "its dropouts rest"
+    with pytest.warns(UserWarning, match="in training mode the losses are random.*measured in evaluation mode"):
+        assert report(Centred(noise=0.1)).holds
+
+
+def test_the_sensitivity_check_sees_statistics_that_are_kept_in_training_mode_only():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x):
+            if self.training:
+                self.mean.lerp_(x.detach().mean(0), 0.1)
+            return self.layer(x - self.mean)
+
+    model = Model()
+    with pytest.raises(ValueError, match="the buffer mean was written"):
+        verify_sensitivity(model, lambda m, b: m(b["x"]).square().sum(1), {"x": 5 + x_of(4, 3)})
+    assert model.mean.abs().max() == 0, "the model comes back as it was"

@@ -90,7 +90,100 @@ def test_a_table_with_max_norm_is_refused(layer, trains):
     make_zeroth_order(model, plan_for_tests(), 0.1)
 
 
+class Tracked(nn.Module):
+    """Its trainable bias follows the batch: in every forward pass, or in the first one only."""
+
+    def __init__(self, how="data", width=2):
+        super().__init__()
+        self.layer, self.how, self.begun = nn.Linear(3, width), how, False
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.how == "data":
+            self.layer.bias.data.lerp_(h.detach().mean(0), 0.1)
+        elif self.how == "in place":
+            with torch.no_grad():
+                self.layer.bias.lerp_(h.mean(0), 0.1)
+        elif self.how == "at first" and not self.begun:
+            self.layer.bias.data.sub_(h.detach().mean(0))
+            self.begun = True
+        return h
+
+
+@pytest.mark.parametrize("width", [2, 5000])
+@pytest.mark.parametrize("how", ["data", "in place", "at first"])
+def test_what_trains_and_follows_the_batch_is_found(how, width):
+    """Noise of any size stands beside it in a release and does not hide it."""
+    model = Tracked(how, width)
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0, max_grad_norm=1e-6))
+    with pytest.raises(ValueError, match="the parameter layer.bias was written in a forward pass since the last step.*Remove the write"):
+        private.backward(model(x_of(16, 3)).square().sum(1))
+    private.zero_grad()
+    private.backward(model.layer(x_of(16, 3)).square().sum(1))  # without the model's own call too
+    private.detach()
+    model.begun = False
+    optimizer, before = make_zeroth_order(model, plan_for_tests(noise_multiplier=1.0), 0.1), model.layer.weight.detach().clone()
+    optimizer._probe.schedule.due = False  # not a step that is looked at
+    with pytest.raises(ValueError, match="the parameter layer.bias was written in a forward pass"):
+        optimizer.step([x_of(16, 3)], lambda m, x: m(x).square().sum(1))
+    torch.testing.assert_close(model.layer.weight.detach(), before)
+
+
+def test_a_write_after_the_last_backward_pass_is_found_before_the_release():
+    model = Tracked("none")
+    private = private_sgd(model)
+    losses = model(x_of(4, 3)).square().sum(1)
+    private.backward(losses)
+    model.layer.bias.data.add_(losses.detach().mean())
+    with pytest.raises(ValueError, match="the parameter layer.bias was written"):
+        private.step()
+
+
+def test_of_many_parameters_a_sample_is_read_and_every_count(monkeypatch):
+    """What is written through ``.data`` in every step is found in some step; a write that torch counts, in its own."""
+    monkeypatch.setattr(model_checks, "_MOST_READ", 2)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))
+    watched = model_checks.WatchedParameters({p: name for name, p in model.named_parameters()})
+
+    def found(write):
+        watched.forget()
+        watched.note()
+        write()
+        try:
+            watched.check()
+        except ValueError as error:
+            return "the parameter 2.bias was written" in str(error)
+        return False
+
+    assert 0 < sum(found(lambda: model[2].bias.data.add_(1)) for _ in range(60)) < 40  # 1 in 6
+    with torch.no_grad():
+        assert all(found(lambda: model[2].bias.add_(1)) for _ in range(10))
+    assert not any(found(lambda: None) for _ in range(10))
+    watched.forget()
+    watched.check()
+
+
 # --------------------------------------------------------------------------------------------- what goes on as before
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_weights_loaded_between_steps_are_no_write(clipping):
+    """Before the next forward pass, evaluations in between or not, or after a word."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    private, start = private_sgd(model, plan_for_tests(noise_multiplier=1.0), clipping=clipping), None
+    for step in range(4):
+        for micro_batch in range(2):
+            private.backward(model(x_of(4, 3)).square().sum(1))
+        private.step()
+        start = start or {name: t.clone() for name, t in model.state_dict().items()}
+        with torch.no_grad():
+            model(x_of(4, 3))
+        model.load_state_dict(start)
+    model(x_of(4, 3))  # a forward pass of ones own, with a gradient
+    model.load_state_dict({name: t + 1 for name, t in start.items()})
+    private.zero_grad()
+    private.backward(model(x_of(4, 3)).square().sum(1))
+    private.step()
+
+
 def test_weights_of_ones_own_go_on_after_a_word():
     model = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
     private = private_sgd(model, plan_for_tests(noise_multiplier=1.0))

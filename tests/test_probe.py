@@ -11,6 +11,7 @@ from torch import nn
 
 from memarc_utils import probe
 from memarc_utils.probe import LossProbe, Schedule
+from memarc_utils.reversible import make_reversible
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, tiny
 
@@ -107,6 +108,97 @@ def test_a_zeroth_order_release_does_not_depend_on_it_either(monkeypatch):
 
     for one, other in zip(run(0), run(1)):
         assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------- backward passes that couple
+class Divided(torch.autograd.Function):
+    """The identity; its backward divides by the norm of the batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 8 * grad / grad.norm()
+
+
+def by_norm(g):
+    return 8 * g / g.norm()
+
+
+HOOKS = {
+    "norm": lambda m, h: h.register_hook(by_norm),
+    "largest": lambda m, h: h.register_hook(lambda g: g / g.abs().max()),
+    "sum": lambda m, h: h.register_hook(lambda g: g * g.sum()),
+    "module": lambda m, h: m[1].register_full_backward_hook(lambda module, into, out: (by_norm(into[0]),)),
+}
+
+
+@pytest.mark.parametrize("size", [2, 3, 16])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("hook", [*HOOKS, "custom backward"])
+def test_a_backward_pass_that_couples_by_value_is_found(hook, clipping, size):
+    """No other row is reached, but one loss's weight moves the others' gradients: 14 C without the check."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2)), x_of(size, 3).abs()
+    private, weights = private_sgd(model, clipping=clipping), torch.ones(size)
+    weights[0] = 1e6
+    if hook == "module":
+        HOOKS[hook](model, None)
+    h = model[0](x)
+    if hook == "custom backward":
+        h = Divided.apply(h)
+    elif hook != "module":
+        HOOKS[hook](model, h)
+    with pytest.raises(ValueError, match="the layer 0 depends on which others.*a backward hook or a custom backward"):
+        private.backward(model[2](model[1](h)).square().sum(1) * weights)
+    private.zero_grad()
+    assert not private.clipped_sum()
+
+
+def test_hooks_that_treat_each_row_by_itself_are_let_be(monkeypatch):
+    """Linear or not; and rows of any size beside each other, some of them not finite."""
+    monkeypatch.setattr(probe, "_CHANCE", 1)
+    for hook in (lambda g: g.clamp(-1, 1), lambda g: -g, lambda g: g / (1e-9 + g.norm(dim=1, keepdim=True)), lambda g: None):
+        model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Dropout(0.3), nn.Linear(4, 2))
+        private = private_sgd(model, plan_for_tests(noise_multiplier=1.0, num_steps=30), lr=1e-3)
+        scale = torch.logspace(-12, 12, 9)
+        scale[4] = float("inf")
+        for step in range(8):
+            h = model[:3](x_of(9, 3, seed=step))
+            h.register_hook(hook)
+            private.backward(model[3](h).square().sum(1) * scale)
+            private.step()
+
+
+def test_gradients_that_are_nothing_but_rounding_are_let_be(monkeypatch):
+    """A sum over normalised entries has no gradient: what is left differs with every order of adding, but not with the batch."""
+    monkeypatch.setattr(probe, "_CHANCE", 1)
+    model = nn.Sequential(nn.Linear(5, 40), nn.LayerNorm(40, elementwise_affine=False))
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0, num_steps=30), lr=1e-3)
+    for step in range(8):
+        private.backward(model(x_of(7, 5, seed=step)).sum(1))
+        private.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prepare", [lambda m: m, make_reversible, "checkpoint"], ids=["plain", "reversible", "checkpoint"])
+def test_recomputed_blocks_with_dropout_in_any_type_couple_nothing(prepare, dtype, monkeypatch):
+    """Padded rows, an autocast that only the forward knows of, a look in every step."""
+    monkeypatch.setattr(probe, "_CHANCE", 1)
+    model = tiny("bert", layers=3, hidden=64)
+    if prepare == "checkpoint":
+        model.activation_checkpointing_enable()
+    else:
+        model = prepare(model)
+    private = private_sgd(model.train(), plan_for_tests(noise_multiplier=1.0, num_steps=30), lr=1e-3)
+    for seed in range(5):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = plain_losses(model, padded_batch(model, batch=2 + seed, tokens=9, seed=seed)).float()
+        private.backward(losses * 10.0 ** torch.arange(-2, seed))
+        private.step()
+    private.detach()
 
 
 # ------------------------------------------------------------------------------------------------- losses without a graph
