@@ -195,7 +195,8 @@ class WatchedParameters:
     def check(self, release: bool = True) -> None:
         """
         Args:
-            release: False leaves numbers on a GPU to the check before the release, since reading them waits for it.
+            release: False leaves numbers on a GPU, since reading them waits for it, and writes that torch counts to the check before
+                the release.
 
         Raises:
             ValueError: one was written since `note`.
@@ -206,10 +207,13 @@ class WatchedParameters:
         found = zip(pairs, _fingerprints([p for p, _ in pairs]))
         same = {p: content == now for (p, content), now in found if content is not None}
         for parameter, version in self._versions.items():
+            moved = _version(parameter) != version
+            if moved and not release:  # the graph may hold it as it was: of that torch speaks first
+                continue
             whole = same.get(parameter) and parameter.numel() <= _SAMPLE  # no number is another, whatever was written
-            if not same.get(parameter, True) or not whole and _version(parameter) != version:
-                raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a batch "
-                                 "is private data without noise. Remove the write (first-call initialisations too); weights of your own "
+            if not same.get(parameter, True) or moved and not whole:
+                raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a "
+                                 "batch is private data without noise. Remove the write (first-call initialisations too); weights of your own "
                                  "load between a step and the next forward pass, or before private.zero_grad()")
 
 

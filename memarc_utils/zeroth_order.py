@@ -155,10 +155,9 @@ class ZerothOrderOptimizer:
             direction_seed_generator = torch.Generator()
             direction_seed_generator.seed()
         _check_generators(noise_generator, direction_seed_generator)
-        self.model, self.plan, self.noise = model, plan, noise
+        self.model, self.plan, self.noise, self.noise_generator = model, plan, noise, noise_generator
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
-        self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
-        self.steps_taken, self.examples_dropped, self._probe = 0, 0, LossProbe()
+        self.direction_seed_generator, self.steps_taken, self.examples_dropped, self._probe = direction_seed_generator, 0, 0, LossProbe()
         self._check_learning_rate()
 
     def step(self, batch: Iterable[Any], loss_per_example: Callable[[nn.Module, Any], Tensor]) -> None:
@@ -183,7 +182,7 @@ class ZerothOrderOptimizer:
         micro_batches = list(batch)
         seeds, watched = list(self._draw_seeds()), WatchedBuffers(self.model, since="in a forward pass")
         with torch.no_grad(), _evaluation_mode(self.model):
-            differences = [self._differences(micro_batches, loss_per_example, row, last=row is seeds[-1]) for row in seeds]
+            differences = [self._differences(micro_batches, loss_per_example, row, row is seeds[0], row is seeds[-1]) for row in seeds]
         watched.check()
         self._probe.schedule.next_step()
         total = self._clipped_sum(torch.stack(differences, dim=1)) + self._draw_noise()
@@ -277,14 +276,14 @@ class ZerothOrderOptimizer:
                 z = torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
                 piece.add_(z.normal_(generator=generator), alpha=scale)
 
-    def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"], last: bool
+    def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"], first: bool, last: bool
                      ) -> Float[Tensor, " examples"]:
         """Δ_i along one direction. Nothing is stored of θ: it goes to +λ, to −λ, and back, to rounding."""
         at = 0
         try:
             self._move(seeds, self.perturbation)
             at = 1
-            above = self._losses(micro_batches, loss_per_example)
+            above = self._losses(micro_batches, loss_per_example, watch=first)
             self._move(seeds, -2 * self.perturbation)
             at = -1
             below = self._losses(micro_batches, loss_per_example, look=last and self._probe.schedule.due)
@@ -292,8 +291,8 @@ class ZerothOrderOptimizer:
             self._move(seeds, -at * self.perturbation)
         return (above - below) / (2 * self.perturbation)
 
-    def _losses(self, micro_batches: list, loss_per_example: Callable, look: bool = False) -> Float[Tensor, " examples"]:
-        """Of all examples, at θ as it stands; ``look`` for examples that meet in them."""
+    def _losses(self, micro_batches: list, loss_per_example: Callable, watch=False, look=False) -> Float[Tensor, " examples"]:
+        """Of all examples, at θ as it stands; ``watch`` for writes into what trains, ``look`` for examples that meet in them too."""
         device = next(iter(_trainable(self.model).values())).device
         def compute(micro_batch: Any) -> Float[Tensor, " batch"]:
             if isinstance(micro_batch, dict):
@@ -307,7 +306,8 @@ class ZerothOrderOptimizer:
             return losses.double().cpu()
 
         watched = WatchedParameters({p: name for name, p in _trainable(self.model).items()}, since="in a forward pass")
-        watched.note()
+        if watch or look:
+            watched.note()
         found = [compute(micro_batch) for micro_batch in micro_batches]
         watched.check()
         for micro_batch, losses in zip(micro_batches, found) if look else ():
