@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from memarc_utils.book_keeping import BOOKKEEPINGS, Grams, HeldGradient, accumulation_dtype, holds_data
 from memarc_utils.function_rules import FunctionRule, OwnTensorsOnly
 from memarc_utils.layer_rules import OPTPositionRule, RelativeBias, has_relative_bias
-from memarc_utils.model_checks import (WatchedBuffers, WatchedParameters, check_losses, check_no_batch_statistics, check_owner,
+from memarc_utils.model_checks import (WatchedBuffers, WatchedPasses, check_losses, check_no_batch_statistics, check_owner,
                                        check_same_parameters, groups_of)
 from memarc_utils.padding import check_padding
 from memarc_utils.probe import Probe
@@ -148,7 +148,7 @@ class GradSampler:
         rules = [check_owner(name, module) for name, module in owners]
         check_no_batch_statistics(model)
         self.note_buffers()
-        self._trainables = WatchedParameters(self.names)
+        self._passes = WatchedPasses(model, self.names)
         self._groups = groups_of([module for _, module in owners])
         if not per_layer:  # clipped together
             self._groups = dict.fromkeys(self._groups, 0)
@@ -197,7 +197,7 @@ class GradSampler:
         self.sums, self.foreign_backward, self.half_done, self._layer_called = {}, False, False, False
         self._model_calls = self._backwards = 0
         self._probe.next_step()
-        self._trainables.forget()
+        self._passes.forget()
         self._forget_backward()
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class GradSampler:
             self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
         self._counting = True
-        self._trainables.note()
+        self._passes.note()
         self._model_calls += module is self.model
         check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
@@ -227,7 +227,7 @@ class GradSampler:
         batch = self._recording_for or self._batch or inputs[0].shape[0]
         if self._recording_for is None:  # what is recomputed is no new use
             self._layer_called = True
-            self._trainables.note()
+            self._passes.note()
         def is_lookup(t):
             return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
 
@@ -396,4 +396,4 @@ class GradSampler:
         self.check_no_grad()
         self._buffers.check()
         check_same_parameters(self.model, self.names)
-        self._trainables.check(release)
+        self._passes.check(release)

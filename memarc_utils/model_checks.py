@@ -15,6 +15,8 @@ from memarc_utils.layer_rules import EmbeddingRule, rule_for
 
 _SAMPLE = 2048  # numbers of a tensor that are compared
 _MOST_READ = 32  # frozen parameters whose numbers one check reads: versions and identities of all cost next to nothing
+_MOST_ENTRIES = 1000  # of a list, tuple or dict that a module keeps: more is a vocabulary
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # parameters, buffers, children and hooks
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # as which the bits of a type are read; those of 8 and 16 bytes as int32
 
 
@@ -165,32 +167,41 @@ class WatchedBuffers:
                              "of DP-SGD: call private.sampler.note_buffers() after)")
 
 
-class WatchedParameters:
-    """Remembers what trains from the first forward pass of a step to the step: between those only a forward pass can write it, and what
-    that takes from the batch is released beside the noise. Of more than `_MOST_READ` parameters the numbers of so many are compared,
-    drawn anew each step, and the versions of all.
+class WatchedPasses:
+    """Remembers, from the first forward pass of a step to the step, what trains and the floating-point tensors that modules keep in plain
+    attributes (one level into lists, tuples and dicts). In between only a forward pass can write them: what it puts into a parameter is
+    released beside the noise, what it keeps of a batch in an attribute steers the next step past the clipper.
+
+    Of more than `_MOST_READ` parameters the numbers of so many are compared, drawn anew each step, and the versions of all; of the
+    attributes as many. An attribute that appears, goes, or has another shape is a cache (rotary tables, masks) and no alarm, nor is a
+    tensor with a graph, which no later step can go back through. Numbers of Python's own, and tensors that an object of another class
+    or a closure holds, are out of reach.
 
     Args:
+        model: whose modules' attributes are watched.
         names: the parameters and what to call them.
         since: what the message says of the time that is watched.
     """
 
-    def __init__(self, names: dict[nn.Parameter, str], since: str = "in a forward pass since the last step") -> None:
-        self._names, self._since = names, since
+    def __init__(self, model: nn.Module, names: dict[nn.Parameter, str], since: str = "in a forward pass since the last step") -> None:
+        self._model, self._names, self._since = model, names, since
         self.forget()
 
     def note(self) -> None:
         """At each forward pass; the first one since `forget` counts."""
         if self._versions is None:
-            some = [p for p in self._names if _is_plain(p)]
-            self._versions = {p: _version(p) for p in some}
-            self._read = some if len(some) <= _MOST_READ else random.SystemRandom().sample(some, _MOST_READ)
-            self._contents = _fingerprints(self._read)
+            plain = [p for p in self._names if _is_plain(p)]
+            self._versions = {p: _version(p) for p in plain}
+            self._read, attributes = _some(plain), _tensor_attributes(self._model)
+            some = _some(list(attributes))
+            contents = _fingerprints(self._read + [attributes[name] for name in some])
+            self._contents, self._attributes = contents[:len(self._read)], dict(zip(some, contents[len(self._read):]))
 
     def forget(self) -> None:
         self._versions: dict[nn.Parameter, int] | None = None
         self._read: list[nn.Parameter] = []
         self._contents: list[tuple | None] = []
+        self._attributes: dict[str, tuple | None] = {}
 
     def check(self, release: bool = True) -> None:
         """
@@ -203,18 +214,51 @@ class WatchedParameters:
         """
         if self._versions is None:
             return
-        pairs = [(p, content) for p, content in zip(self._read, self._contents) if release or p.device.type == "cpu"]
-        found = zip(pairs, _fingerprints([p for p, _ in pairs]))
-        same = {p: content == now for (p, content), now in found if content is not None}
+        attributes = _tensor_attributes(self._model) if self._attributes else {}
+        before = [*zip(self._read, self._contents), *((attributes[n], kept) for n, kept in self._attributes.items() if n in attributes)]
+        before = [(t, kept) for t, kept in before if kept is not None and (release or t.device.type == "cpu")]
+        same = {id(t): kept == now or kept[:2] != now[:2] if now else True
+                for (t, kept), now in zip(before, _fingerprints([t for t, _ in before]))}
         for parameter, version in self._versions.items():
             moved = _version(parameter) != version
             if moved and not release:  # the graph may hold it as it was: of that torch speaks first
                 continue
-            whole = same.get(parameter) and parameter.numel() <= _SAMPLE  # no number is another, whatever was written
-            if not same.get(parameter, True) or moved and not whole:
+            whole = same.get(id(parameter)) and parameter.numel() <= _SAMPLE  # no number is another, whatever was written
+            if not same.get(id(parameter), True) or moved and not whole:
                 raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a "
                                  "batch is private data without noise. Remove the write (first-call initialisations too); weights of your own "
                                  "load between a step and the next forward pass, or before private.zero_grad()")
+        if written := [name for name in self._attributes if name in attributes and not same.get(id(attributes[name]), True)]:
+            raise ValueError(f"the attribute {written[0]} was written {self._since}: what it keeps of one batch would steer the next step "
+                             "past the clipper. Remove it; what is only looked at, give back beside the output, or delete it after each step")
+
+
+def _some(those: list) -> list:
+    return those if len(those) <= _MOST_READ else random.SystemRandom().sample(those, _MOST_READ)
+
+
+def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
+    """Name to tensor with numbers of its own, no parameter, buffer or node of a graph."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, Tensor) and _is_plain(value) and value.is_floating_point() and not value.requires_grad and holds_data(value):
+            found[name] = value
+
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in _OF_EVERY_MODULE or not isinstance(value, (Tensor, list, tuple, dict)):
+                continue
+            name = f"{path}.{key}" if path else key
+            if isinstance(value, Tensor):
+                add(name, value)
+            elif len(value) <= _MOST_ENTRIES:
+                for at, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    add(f"{name}[{at!r}]", part)
+    if found:
+        registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        found = {name: tensor for name, tensor in found.items() if id(tensor) not in registered}
+    return found
 
 
 def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
@@ -257,6 +301,7 @@ def _fingerprints(tensors: list[Tensor]) -> list[tuple | None]:
 
 
 def _sum_of_bits(tensor: Tensor, weights: Tensor) -> Tensor:
+    tensor = tensor[tuple(slice(0, None if step else 1) for step in tensor.stride())]  # expanded: the same numbers again, not to be copied
     size = tensor.numel()
     distance = max(1, -(-size // _SAMPLE)) | 1  # odd: it walks through the columns of a matrix too
     sample = tensor.as_strided((-(-size // distance),), (distance,)) if tensor.is_contiguous() else tensor.reshape(-1)[::distance]

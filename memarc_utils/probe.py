@@ -145,8 +145,8 @@ class Probe:
                     gap = (part - whole).abs() > tolerance * (whole + rounding.to(whole))
                     found.append((layer, (gap & part.isfinite() & whole.isfinite() & compared.to(gap.device)).any()))
         if coupled := [layer for layer, differs in found if differs]:
-            raise ValueError(f"an example's gradient in the layer {coupled[0] or 'of the model'} depends on which others are sent back with "
-                             "it: a backward hook or a custom backward at or above it couples the examples (it divides by a norm of the "
+            raise ValueError(f"an example's gradient in the layer {coupled[0] or 'of the model'} depends on which others are sent back "
+                             "with it: a backward hook or a custom backward at or above it couples the examples (it divides by a norm of the "
                              "batch, for instance), so no clipping bounds one example's share. Remove it, or let it treat each row by "
                              "itself; where a part is computed again, let it draw the same random numbers (preserve_rng_state=True)")
 

@@ -34,7 +34,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.model_checks import (WatchedBuffers, WatchedParameters, check_no_batch_statistics, check_not_begun, check_sampler,
+from memarc_utils.model_checks import (WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler,
                                        check_state)
 from memarc_utils.probe import LossProbe, num_examples
 
@@ -305,7 +305,7 @@ class ZerothOrderOptimizer:
                                  'for example with reduction="none"')
             return losses.double().cpu()
 
-        watched = WatchedParameters({p: name for name, p in _trainable(self.model).items()}, since="in a forward pass")
+        watched = WatchedPasses(self.model, {p: name for name, p in _trainable(self.model).items()}, since="in a forward pass")
         if watch or look:
             watched.note()
         found = [compute(micro_batch) for micro_batch in micro_batches]

@@ -146,7 +146,7 @@ def test_of_many_parameters_a_sample_is_read_and_every_count(monkeypatch):
     """What is written through ``.data`` in every step is found in some step; a write that torch counts, in its own."""
     monkeypatch.setattr(model_checks, "_MOST_READ", 2)
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6)))
-    watched = model_checks.WatchedParameters({p: name for name, p in model.named_parameters()})
+    watched = model_checks.WatchedPasses(model, {p: name for name, p in model.named_parameters()})
 
     def found(write):
         watched.forget()
@@ -164,6 +164,74 @@ def test_of_many_parameters_a_sample_is_read_and_every_count(monkeypatch):
     assert not any(found(lambda: None) for _ in range(10))
     watched.forget()
     watched.check()
+
+
+class Memory(nn.Module):
+    """Keeps a moving mean of its batches where no state_dict shows it."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.layer, self.where = nn.Linear(3, 2), where
+        self.mean = {"attribute": torch.zeros(3), "list": [torch.zeros(3)], "tuple": (torch.zeros(3),), "dict": {"x": torch.zeros(3)},
+                     "data": torch.zeros(3)}[where]
+
+    def forward(self, x):
+        kept = self.mean if isinstance(self.mean, torch.Tensor) else self.mean["x" if self.where == "dict" else 0]
+        y, now = self.layer(x - kept), 0.5 * kept + 0.5 * x.detach().mean(0)
+        if self.where in ("list", "dict"):
+            self.mean[0 if self.where == "list" else "x"] = now
+        elif self.where == "data":
+            self.mean.data.copy_(now)
+        else:
+            self.mean = (now,) if self.where == "tuple" else now
+        return y
+
+
+@pytest.mark.parametrize("where", ["attribute", "list", "tuple", "dict", "data"])
+def test_a_batch_that_is_kept_in_a_plain_attribute_is_found(where):
+    """An example of the first step would move the second step's sum by 13 C."""
+    model = Memory(where)
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="the attribute mean.* was written in a forward pass since the last step.*delete it after"):
+        private.backward(model(5 + x_of(8, 3)).square().sum(1))
+    private.detach()
+    optimizer = make_zeroth_order(model, plan_for_tests(noise_multiplier=1.0), 0.1)
+    optimizer._probe.schedule.due = False
+    with pytest.raises(ValueError, match="the attribute mean.* was written in a forward pass"):
+        optimizer.step([x_of(8, 3)], lambda m, x: m(x).square().sum(1))
+
+
+class Caching(nn.Module):
+    """What may be kept: a table that appears, grows and is made anew; a number that the user anneals; an output with its graph; a
+    mask that is expanded; what is deleted after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table, self.heat, self.names = nn.Linear(3, 2), None, torch.ones(()), ["a", "b"]
+        self.weights = [self.layer.weight]  # no copy
+        self.mask = torch.ones(1, 5).expand(1000, 5)
+
+    def forward(self, x):
+        self.table = torch.arange(max(len(x), 0 if self.table is None else len(self.table)), dtype=torch.float32)
+        self.out = self.layer(x / self.heat)
+        self.seen = self.out.detach()
+        return self.out + 0 * self.table[:len(x), None]
+
+
+def test_caches_schedules_and_outputs_are_let_be():
+    model = Caching()
+    private = private_sgd(model, plan_for_tests(noise_multiplier=1.0))
+    for step, size in enumerate((3, 3, 5, 4, 4)):
+        model.heat = torch.tensor(1.0 + step)
+        private.backward(model(x_of(size, 3, seed=step)).square().sum(1))
+        private.step()
+        with torch.no_grad():
+            model(x_of(size, 3, seed=9))
+        del model.seen
+    private.backward(model(x_of(4, 3)).square().sum(1))
+    private.zero_grad()
+    with pytest.raises(ValueError, match="the attribute seen was written"):
+        private.backward(model(x_of(4, 3, seed=1)).square().sum(1))
 
 
 # --------------------------------------------------------------------------------------------- what goes on as before
