@@ -34,10 +34,17 @@ def table_in(text, marker):
 
 
 def rebuilt_accuracy():
-    """(dataset, method, target ε) to (mean, sd, n) of the settings that validate best, without pandas."""
+    """(dataset, method, target ε) to (mean, sd, n) of the settings that validate best, without pandas. Codes that were found to give the
+    same results count as one."""
     values = defaultdict(lambda: defaultdict(dict))
+    again = json.loads((ROOT / "data" / "results" / "same_results.json").read_text(encoding="utf-8"))
     for row in rows_of("31_classification"):
         target = row["settings"].get("target_epsilon") or math.inf
+        same = {row["settings"]["code"]}  # grows by what was found to be the same, until nothing is new
+        while more := {code for one in again if one["method"] == row["method"] and same & {one["old"], one["new"]}
+                       for code in (one["old"], one["new"])} - same:
+            same |= more
+        row["settings"]["code"] = min(same)
         setting = json.dumps(row["settings"], sort_keys=True) + row["max_grad_norm"]
         values[row["dataset"], row["method"], target][setting].setdefault(row["metric"], {})[row["seed"]] = float(row["value"])
     found = {}
