@@ -272,6 +272,7 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
     optimizer.register_step_pre_hook(look)
     private = make_private(model, optimizer, replace(plan, num_steps=plan.num_steps + 1), clipping, mode,
                            None if generator is None else noise)
+    # Drawn beforehand: the batch's rows are stand-ins, and the canaries that answer for them are no losses of a batch at work.
     drawn = [[i for i in batch.indices if i < len(canaries) and included[i]] for batch in batches]
     try:
         for indices in drawn:

@@ -7,6 +7,7 @@ neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`
 i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from typing import Any
@@ -72,14 +73,13 @@ class LogicalBatch:
 _at_work: list["_Batches"] = []  # samplers that have handed out a batch and wait for its step, the newest last
 
 
-def check_losses(owner: object, num_losses: int, stepping: bool) -> None:
+def check_batch_at_work(optimizer, num_losses: int) -> None:
     """Is what an optimizer has summed in this step within the batch that the plan pays for? Where no sampler is at work there is nothing
     to compare with: then a step's batch is the caller's own word.
 
     Args:
-        owner: the optimizer, with its ``plan``.
+        optimizer: private or of zeroth order, with its ``plan``.
         num_losses: that its step has seen so far.
-        stepping: the step is being taken.
 
     Raises:
         ValueError: the batch is of another plan, has fewer examples, or has had its step: several batches in one step, or several
@@ -87,19 +87,23 @@ def check_losses(owner: object, num_losses: int, stepping: bool) -> None:
     """
     if not _at_work:
         return
-    mine = [sampler for sampler in _at_work if sampler.plan == owner.plan]
-    if not mine:
+    sampler = next((sampler for sampler in reversed(_at_work) if sampler.plan == optimizer.plan), None)
+    if sampler is None:
         raise ValueError("the batch at work was drawn for another plan than this optimizer's, and ε would be that of other batches: make "
                          "both with one plan, poisson_batches(dataset, private.plan), or leave that loop first")
-    size = len(mine[-1].batch)
-    if num_losses > size:
-        raise ValueError(f"this step has {num_losses} losses, the batch at work {size} examples: give one loss an example and take one "
-                         "private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; what an "
-                         "interrupted batch left is forgotten with private.zero_grad()")
-    if not stepping and id(owner) in mine[-1].stepped:
+    if num_losses > len(sampler.batch):
+        raise ValueError(f"this step has {num_losses} losses, the batch at work {len(sampler.batch)} examples: give one loss an example and "
+                         "take one private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; "
+                         "what an interrupted batch left is forgotten with private.zero_grad()")
+    if num_losses and optimizer in sampler.stepped:
         raise ValueError("the batch at work has had its step: a second one needs a batch of its own, which the sampler draws")
-    if stepping:
-        mine[-1].stepped.add(id(owner))
+
+
+def note_step(optimizer) -> None:
+    """The optimizer has taken the step of the batch at work."""
+    for sampler in _at_work:
+        if sampler.plan == optimizer.plan:
+            sampler.stepped.add(optimizer)
 
 
 class _Batches:
@@ -113,7 +117,7 @@ class _Batches:
         self.generator = generator
         self.steps_drawn = 0
         self.batch: LogicalBatch | None = None
-        self.stepped: set[int] = set()  # optimizers that have taken its step
+        self.stepped = weakref.WeakSet()  # optimizers that have taken its step
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -138,7 +142,7 @@ class _Batches:
             rank, size = rank_and_size()
             indices = [i for i in self._draw() if i % size == rank]
             self.steps_drawn += 1
-            self.batch, self.stepped = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate), set()
+            self.batch, self.stepped = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate), weakref.WeakSet()
             _at_work.append(self)
             try:
                 yield self.batch
@@ -148,10 +152,11 @@ class _Batches:
                 raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go "
                                  "through all of its micro-batches, or forget them with private.zero_grad() and say so with "
                                  "batch.give_up()")
-            if steps_were_taken and not self.stepped:
+            stepped = bool(self.stepped)
+            if steps_were_taken and not stepped:
                 raise ValueError("the last batch was left without private.step(): every batch is a step that the plan pays for, an empty "
                                  "one too, which then is noise alone")
-            steps_were_taken = bool(self.stepped)
+            steps_were_taken = stepped
 
 
 class PoissonBatches(_Batches):

@@ -5,7 +5,6 @@ size: a public number, never the size of the batch at hand. What the model may d
 Under ``torch.distributed`` every rank calls the same functions on its own examples (see `data_parallel`).
 """
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -13,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.batch_selection import check_losses
+from memarc_utils.batch_selection import check_batch_at_work, note_step
 from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.model_checks import check_not_begun, check_sampler, check_state
-from memarc_utils.randomness import cryptographic_normals, spawn
+from memarc_utils.randomness import check_generator, cryptographic_normals, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sensitivity"]
@@ -67,17 +66,13 @@ class PrivateOptimizer:
         if not isinstance(model, nn.Module) or not isinstance(plan, PrivacyPlan):
             raise ValueError(f"make_private takes a model, an optimizer and a PrivacyPlan, got {type(model).__name__}, "
                              f"{type(optimizer).__name__} and {type(plan).__name__}")
-        if noise_generator is not None and not isinstance(noise_generator, torch.Generator):
-            raise ValueError("noise_generator must be a torch.Generator, or None for noise from a cryptographic generator, got "
-                             f"{noise_generator!r}")
         check_clipping(clipping, plan.max_grad_norm)
         if noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         _check_optimizer(model, optimizer)
-        device = next((p.device for p in model.parameters() if p.requires_grad), None)
-        if noise_generator is not None:
-            _check_generator(noise_generator)
-        self.model, self.optimizer, self.noise_generator, self._device = model, optimizer, noise_generator, device or torch.device("cpu")
+        check_generator("noise_generator", noise_generator)
+        self._device = next((p.device for p in model.parameters() if p.requires_grad), torch.device("cpu"))
+        self.model, self.optimizer, self.noise_generator = model, optimizer, noise_generator
         self._plan, self._clipping, self._noise = plan, clipping, noise
         start_equal(model, (plan.to_dict(), clipping, noise))
         self.sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer")
@@ -113,7 +108,8 @@ class PrivateOptimizer:
             ValueError: not one loss per example, or a gradient went past the clipper.
         """
         self._check_attached()
-        check_losses(self, self._num_losses + losses.numel() if isinstance(losses, Tensor) else 0, stepping=False)
+        if isinstance(losses, Tensor):  # what is none is refused below
+            check_batch_at_work(self, self._num_losses + losses.numel())
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
@@ -144,6 +140,7 @@ class PrivateOptimizer:
                 parameter.grad = from_first(total).div_(self.plan.expected_batch_size).to(parameter.dtype)
             del totals, total
             self.steps_taken += 1  # before the weights move: an interrupted step is paid for
+            note_step(self)
             self.optimizer.step()
         finally:
             self.zero_grad()
@@ -179,7 +176,7 @@ class PrivateOptimizer:
                              "discarded. Call private.backward(losses) only, then private.zero_grad() and repeat the batch")
         self.sampler.check_whole()
         self.sampler.check_parameters()
-        check_losses(self, self._num_losses, stepping=True)
+        check_batch_at_work(self, self._num_losses)
         _check_optimizer(self.model, self.optimizer)
 
     def _add_noise(self, totals: list[Tensor]) -> None:
@@ -327,12 +324,3 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if held := [names.get(p, "a parameter outside the model") for p in {*trained, *names} if p.grad is not None]:
         raise ValueError(f"{held[0]} still holds a gradient from before, which the optimizer would apply unclipped: call "
                          "optimizer.zero_grad() or set parameter.grad = None")
-
-
-def _check_generator(generator: torch.Generator) -> None:
-    if generator is torch.default_generator or (torch.cuda.is_initialized() and generator in torch.cuda.default_generators):
-        raise ValueError("the noise needs a generator of its own: torch's global one also draws dropout and can be re-seeded "
-                         "by anybody. Pass None for noise from a cryptographic generator")
-    if generator.initial_seed() == torch.Generator().initial_seed():
-        warnings.warn("noise_generator was never seeded: torch gives every new generator the same public seed, so the noise can "
-                      "be subtracted. Pass None for noise from a cryptographic generator", stacklevel=4)

@@ -10,6 +10,7 @@ import math
 import os
 import ssl
 import struct
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,9 @@ def cryptographic_normals(count: int, dtype: torch.dtype = torch.float32) -> Flo
     ``√(−2 ln u) (cos 2πv, sin 2πv)`` with u and v of 32 bits, of 64 for float64. Nothing is kept: there is no state to save, and
     no number can be drawn twice.
 
+    Args:
+        dtype: float32 or float64, the types that sums are kept in.
+
     >>> cryptographic_normals(3).shape
     torch.Size([3])
     """
@@ -38,6 +42,21 @@ def cryptographic_normals(count: int, dtype: torch.dtype = torch.float32) -> Flo
     uniform *= real(2.0**-bits)
     radius, angle = np.sqrt(-2 * np.log(uniform[:pairs])), uniform[pairs:] * real(2 * math.pi)
     return torch.from_numpy(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count])
+
+
+def check_generator(name: str, generator: object, secret: bool = True) -> None:
+    """Raises:
+        ValueError: no generator, or one of torch's global ones. Of a secret one that was never seeded a warning is given.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
+    if any(generator is one for one in (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()))):
+        raise ValueError(f"{name} is torch's global generator, which others draw from and re-seed: pass None, or one of its own")
+    if secret and generator.initial_seed() == torch.Generator().initial_seed():
+        warnings.warn(f"{name} was never seeded: torch gives every new generator the same public seed, so what it draws can be computed and "
+                      "subtracted. Pass None", stacklevel=5)
 
 
 def seed_from_operating_system(generator: torch.Generator) -> torch.Generator:

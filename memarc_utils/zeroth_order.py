@@ -16,13 +16,12 @@ Without clipping and noise the update is η times an unbiased estimate of the su
 * Laplace: ‖·‖ is the sum of absolute values and each number gets Laplace noise of scale b = noise_multiplier · C. A
   step is then purely ε₀-DP with ε₀ = C/b.
 
-The directions never see data and are public. The noise is the only secret, so it comes from somewhere else: straight
-from the operating system, not from a generator (torch's on the CPU keeps 32 bits of a seed, few enough to try all).
+The directions never see data and are public. The noise is the only secret, so it comes straight from the operating system: a
+generator's output tells its state (see `randomness`).
 """
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,9 +33,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.model_checks import (WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler,
-                                       check_state)
+from memarc_utils.batch_selection import check_batch_at_work, note_step
+from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler, check_state
 from memarc_utils.probe import LossProbe, num_examples
+from memarc_utils.randomness import check_generator
 
 _PIECE = 2**20  # numbers of a direction that stand in memory at once
 NOISES = {"gaussian": 2, "laplace": 1}  # the norm that the K numbers of an example are clipped in
@@ -155,10 +155,17 @@ class ZerothOrderOptimizer:
             direction_seed_generator = torch.Generator()
             direction_seed_generator.seed()
         _check_generators(noise_generator, direction_seed_generator)
-        self.model, self.plan, self.noise, self.noise_generator = model, plan, noise, noise_generator
+        self.model, self._plan, self.noise = model, plan, noise
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
-        self.direction_seed_generator, self.steps_taken, self.examples_dropped, self._probe = direction_seed_generator, 0, 0, LossProbe()
+        self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
+        self.steps_taken = self.examples_dropped = 0
+        self._probe = LossProbe()
         self._check_learning_rate()
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """Cannot be exchanged: noise and ε are those of this one."""
+        return self._plan
 
     def step(self, batch: Iterable[Any], loss_per_example: Callable[[nn.Module, Any], Tensor]) -> None:
         """Losses at θ ± λ z_k for each direction, clip, sum, noise, update, account. An empty batch is all noise.
@@ -184,9 +191,11 @@ class ZerothOrderOptimizer:
         with torch.no_grad(), _evaluation_mode(self.model):
             differences = [self._differences(micro_batches, loss_per_example, row, row is seeds[0], row is seeds[-1]) for row in seeds]
         watched.check()
+        check_batch_at_work(self, len(differences[0]))
         self._probe.schedule.next_step()
         total = self._clipped_sum(torch.stack(differences, dim=1)) + self._draw_noise()
         self.steps_taken += 1  # before the weights move: an interrupted step is paid for
+        note_step(self)
         scale = -self.learning_rate / (self.plan.expected_batch_size * self.num_directions)
         for row, number in zip(seeds, total.tolist()):
             self._move(row, scale * number)
@@ -368,22 +377,13 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_generators(noise: object, directions: object) -> None:
-    shared = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-    for name, generator in (("noise_generator", noise), ("direction_seed_generator", directions)):
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"{name} must be a torch.Generator or None, got {type(generator).__name__}")
-        if any(generator is one for one in shared):
-            raise ValueError(f"{name} is torch's global generator, which others draw from and re-seed: pass None, or one of its own")
+    check_generator("noise_generator", noise)
+    check_generator("direction_seed_generator", directions, secret=False)
     if directions.device.type != "cpu":
         raise ValueError("direction_seed_generator must be on the CPU: it draws seeds only, directions are made where parameters are")
-    if noise is None:
-        return
-    if (noise.initial_seed() - directions.initial_seed()) % 2**32 == 0:  # one object too; the CPU keeps 32 bits
+    if noise is not None and (noise.initial_seed() - directions.initial_seed()) % 2**32 == 0:  # one object too; the CPU keeps 32 bits
         raise ValueError("noise and directions come from one seed: the directions are public, so the noise could be computed and "
                          "subtracted. Pass noise_generator=None")
-    if noise.initial_seed() == torch.Generator().initial_seed():
-        warnings.warn("noise_generator was never seeded: torch gives every new generator the same public seed, so the noise can be "
-                      "subtracted. Pass None", stacklevel=4)
 
 
 def _check_range(name: str, value: object, smallest: int | float, largest: int | float, mend: str) -> None:

@@ -9,19 +9,19 @@ from torch import nn
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import poisson_batches
 from memarc_utils.dp_sgd import make_private
+from memarc_utils.zeroth_order import make_zeroth_order
+
+# Sampling rate 1: every batch is all eight rows, in two micro-batches.
+WHOLE = PrivacyPlan(dataset_size=8, expected_batch_size=8, num_steps=8, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-2)
 
 
-def linear_run(num_rows, plan, go):
-    """The clipped sum of the first step of ``go(private, model, batches)`` on ``num_rows`` of eight rows, all of which are drawn."""
-    rows = [{"x": [float(i == 0), 1.0]} for i in range(8)][8 - num_rows:]
+def run(go, plan=WHOLE):
+    """What ``go(private, model, batches)`` returns, of an optimizer with this plan and batches of the plan above."""
     torch.manual_seed(0)
     model = nn.Linear(2, 1, bias=False)
     private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
-    batches = poisson_batches(rows, plan, 4, collate=lambda some: {"x": torch.tensor([row["x"] for row in some])})
-    return go(private, model, batches)
-
-
-WHOLE = PrivacyPlan(dataset_size=8, expected_batch_size=8, num_steps=8, noise_multiplier=1.0, max_grad_norm=1.0, delta=1e-2)
+    rows = [{"x": [float(i == 0), 1.0]} for i in range(8)]
+    return go(private, model, poisson_batches(rows, WHOLE, 4, collate=lambda some: {"x": torch.tensor([row["x"] for row in some])}))
 
 
 def all_of(private, model, batch, copies=1):
@@ -29,55 +29,43 @@ def all_of(private, model, batch, copies=1):
         private.backward(100 * model(micro_batch["x"].repeat_interleave(copies, 0))[:, 0])
 
 
+def without_steps(private, model, batches, copies=1):
+    for batch in batches:
+        all_of(private, model, batch, copies)
+
+
 def test_several_batches_in_one_step_are_refused():
     """Gradient accumulation over batches of the plan: one example would move the sum by as many C."""
-    def accumulate(private, model, batches):
-        for batch in batches:
-            all_of(private, model, batch)
-
     with pytest.raises(ValueError, match="this step has 12 losses, the batch at work 8 examples.*one private.step"):
-        linear_run(8, WHOLE, accumulate)
+        run(without_steps)
 
 
-def test_an_interrupted_batch_does_not_enter_the_next_sampler():
-    def twice(private, model, batches):
-        all_of(private, model, next(iter(batches)))
-        all_of(private, model, next(iter(batches)))
+def test_several_losses_of_one_example_are_refused_where_the_batch_is_known():
+    with pytest.raises(ValueError, match="this step has 16 losses, the batch at work 8 examples"):
+        run(lambda *those: without_steps(*those, copies=4))
 
-    def forgotten(private, model, batches):
+
+def test_batches_of_another_plan_are_refused_also_without_a_checkpoint():
+    with pytest.raises(ValueError, match="drawn for another plan"):
+        run(without_steps, dataclasses.replace(WHOLE, noise_multiplier=2.0))
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_an_interrupted_batch_does_not_enter_the_next_one(forget):
+    def go(private, model, batches):
         all_of(private, model, next(iter(batches)))
-        private.zero_grad()
+        if forget:
+            private.zero_grad()
         for batch in batches:
             all_of(private, model, batch)
             private.step()
         return private.steps_taken
 
-    def within(private, model, batches):
-        all_of(private, model, next(iter(batches)))
-        for batch in batches:
-            all_of(private, model, batch)
-
+    if forget:
+        assert run(go) == 7  # one batch was drawn and given up
+        return
     with pytest.raises(ValueError, match="private.zero_grad"):
-        linear_run(8, WHOLE, within)
-    assert linear_run(8, WHOLE, forgotten) == 7  # one batch was drawn and given up
-
-
-def test_several_losses_of_one_example_are_refused_where_the_batch_is_known():
-    with pytest.raises(ValueError, match="this step has 16 losses, the batch at work 8 examples"):
-        linear_run(8, WHOLE, lambda private, model, batches: [all_of(private, model, batch, copies=4) for batch in batches])
-
-
-def test_batches_of_another_plan_are_refused_also_without_a_checkpoint():
-    other = dataclasses.replace(WHOLE, noise_multiplier=2.0)
-
-    def go(private, model, batches):
-        model = nn.Linear(2, 1, bias=False)
-        private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), other)
-        for batch in batches:
-            all_of(private, model, batch)
-
-    with pytest.raises(ValueError, match="drawn for another plan"):
-        linear_run(8, WHOLE, go)
+        run(go)
 
 
 def test_a_batch_has_one_step():
@@ -90,15 +78,28 @@ def test_a_batch_has_one_step():
     def skipped(private, model, batches):
         for number, batch in enumerate(batches):
             all_of(private, model, batch)
-            if number != 1:
-                private.step()
-            else:
-                private.zero_grad()
+            private.zero_grad() if number == 1 else private.step()
 
     with pytest.raises(ValueError, match="has had its step"):
-        linear_run(8, WHOLE, again)
+        run(again)
     with pytest.raises(ValueError, match="left without private.step"):
-        linear_run(8, WHOLE, skipped)
+        run(skipped)
+
+
+def test_a_step_that_was_refused_may_be_repeated():
+    """It released nothing: the same batch is begun anew."""
+    def go(private, model, batches):
+        for batch in batches:
+            micro_batches = list(batch)
+            model.weight.grad = torch.ones_like(model.weight)  # past the clipper: refused
+            with pytest.raises(ValueError, match="gradient"):
+                private.step()
+            private.zero_grad()
+            all_of(private, model, micro_batches)
+            private.step()
+        return private.steps_taken
+
+    assert run(go) == 8
 
 
 def test_two_optimizers_may_share_the_batches():
@@ -106,14 +107,33 @@ def test_two_optimizers_may_share_the_batches():
         twin = nn.Linear(2, 1, bias=False)
         second = make_private(twin, torch.optim.SGD(twin.parameters(), lr=0.1), WHOLE)
         for batch in batches:
-            for micro_batch in batch:
-                private.backward(model(micro_batch["x"])[:, 0])
-                second.backward(twin(micro_batch["x"])[:, 0])
+            micro_batches = list(batch)
+            all_of(private, model, micro_batches)
+            all_of(second, twin, micro_batches)
             private.step()
             second.step()
         return private.steps_taken, second.steps_taken
 
-    assert linear_run(8, WHOLE, both) == (8, 8)
+    assert run(both) == (8, 8)
+
+
+@pytest.mark.parametrize("fault, message", [("", ""), ("two batches", "16 losses"), ("twice", "has had its step"), ("plan", "another plan")])
+def test_zeroth_order_takes_one_step_a_batch(fault, message):
+    def go(private, model, batches):
+        private.detach()
+        zeroth, before = make_zeroth_order(model, dataclasses.replace(WHOLE, noise_multiplier=2.0 if fault == "plan" else 1.0), 0.1), []
+        for batch in batches:
+            before += list(batch)
+            for _ in range(1 + (fault == "twice")):
+                zeroth.step(before, lambda model, micro_batch: model(micro_batch["x"])[:, 0])
+            before = before if fault == "two batches" else []
+        return zeroth.steps_taken
+
+    if not fault:
+        assert run(go) == 8
+        return
+    with pytest.raises(ValueError, match=message):
+        run(go)
 
 
 @pytest.mark.parametrize("name, value", [("plan", dataclasses.replace(WHOLE, max_grad_norm=5.0)), ("clipping", "flat"), ("noise", "secure")])
@@ -122,3 +142,6 @@ def test_what_the_noise_was_made_for_cannot_be_exchanged(name, value):
     private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), WHOLE, clipping="per_layer")
     with pytest.raises(AttributeError):
         setattr(private, name, value)
+    if name == "plan":
+        with pytest.raises(AttributeError):
+            make_zeroth_order(private.detach(), WHOLE, 0.1).plan = value
