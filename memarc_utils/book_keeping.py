@@ -44,21 +44,27 @@ def _slices(batch: int, elements_per_example: int):
         yield slice(start, min(batch, start + step))
 
 
-def keep_pair(rows: int, columns: int, tokens: int, bookkeeping: str = "memory") -> bool:
+def keep_pair(rows: int, columns: int, tokens: int, bookkeeping: str = "memory", number_bytes: tuple[int, int] = (4, 4)) -> bool:
     """Whether a matrix product's record is held as the pair (left, right), or as the per-example gradient.
 
-    ``memory``: whichever has fewer numbers an example, T·(rows + columns) against rows·columns. The operations of the
-    norm compare in the same way, T²·(rows + columns) by Gram matrices against T·rows·columns, so one rule serves both.
+    ``memory``: whichever has fewer bytes an example. In float32 that is T·(rows + columns) against rows·columns numbers; a pair in
+    bfloat16 has half the bytes, and gradients are float32 at least. The operations of the norm compare as the numbers do,
+    T²·(rows + columns) by Gram matrices against T·rows·columns.
     ``mixopt``: the rule of BK-MixOpt (2210.00038, section 3.2), the pair where 2T² <= rows·columns.
+
+    Args:
+        number_bytes: of one number of left and of right.
 
     >>> keep_pair(8, 1024, 128), keep_pair(1024, 1024, 128)
     (False, True)
     >>> keep_pair(64, 1024, 128), keep_pair(64, 1024, 128, "mixopt")  # T·(rows + columns) is twice rows·columns
     (False, True)
+    >>> keep_pair(128, 1024, 128), keep_pair(128, 1024, 128, number_bytes=(4, 2))  # 147,456 numbers against 131,072
+    (False, True)
     """
     if bookkeeping == "mixopt":
         return 2 * tokens * tokens <= rows * columns
-    return tokens * (rows + columns) <= rows * columns
+    return tokens * (rows * number_bytes[0] + columns * number_bytes[1]) <= max(4, *number_bytes) * rows * columns
 
 
 def pair_gradient(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"]
@@ -174,7 +180,8 @@ class HeldGradient:
 
     def add_pair(self, left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"]) -> None:
         """Holds the pair or its gradient, as `keep_pair` says."""
-        if self.dense_only or not keep_pair(left.shape[2], right.shape[2], left.shape[1], self.bookkeeping):
+        number_bytes = (left.element_size(), right.element_size())
+        if self.dense_only or not keep_pair(left.shape[2], right.shape[2], left.shape[1], self.bookkeeping, number_bytes):
             self.add_dense(pair_gradient(left, right))
         else:
             self.pairs.append((left, right))

@@ -50,7 +50,8 @@ def cache_bytes(model: nn.Module, num_tokens: int) -> int:
 
 class CachedFeatures:
     """A data set whose rows bring their features along, as ``inputs_embeds``: what a side network takes in place of running its
-    backbone. Has ``len`` and ``[i]``; the rows are read from memory-mapped files in any order.
+    backbone. Has ``len`` and ``[i]``; the rows are read from memory-mapped files in any order. ``inputs_embeds`` is bfloat16 of shape
+    (tokens, `SideNetwork.cached_width`), as the files are: the bytes of the final state's float32 numbers, then the taps.
 
     Attributes:
         folder: where the files lie.
@@ -80,7 +81,7 @@ class CachedFeatures:
                              "out of the data set would still be trained on")
         start, end = self._starts[i] - self._starts[first], self._starts[i + 1] - self._starts[first]
         taps, final = (torch.from_numpy(np.array(part[start:end])) for part in self._shards[number])
-        return {**row, "inputs_embeds": torch.cat([taps.view(torch.bfloat16).float(), final], 1)}
+        return {**row, "inputs_embeds": torch.cat([final.view(torch.bfloat16), taps.view(torch.bfloat16)], 1)}
 
 
 def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str | Path | None = None,

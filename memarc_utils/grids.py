@@ -101,7 +101,8 @@ _ENGINES_PLANNED = {"opacus hooks": "per-example", "opacus ghost": "two-pass gho
 
 def _planner_cases() -> list[StepCase]:
     """Every method at RoBERTa-base's shape, three batch sizes by three lengths; opacus's two ways at the largest of each."""
-    methods = [name for name in PLANNED_METHODS if name not in ("bitfit with added biases", "rev-lora quarter")]  # RoBERTa has all its biases
+    variants = ("bitfit with added biases", "rev-lora quarter", "side every second block")  # of what is there; RoBERTa has all its biases
+    methods = [name for name in PLANNED_METHODS if name not in variants]
     sizes = [{"batch_size": b, "num_tokens": t, "repeats": 1, "threads": 1} for b in (4, 8, 16) for t in (32, 64, 128)]
     ours = [StepCase(method, "book-keeping", **size) for size in sizes for method in methods]
     others = [case for size in sizes for case in (StepCase("lora", "book-keeping", checkpointing=True, **size),
@@ -142,7 +143,8 @@ def _recorded_settings(experiment: str, metric: str) -> set[tuple[str, str, str]
 
 _WHOLE_STEPS = {"full, per-example gradients": ("full", {"engine": "per-example"}), "full": ("full", {}), "lora": ("lora", {}),
                 "lora, checkpointed": ("lora", {"checkpointing": True}), "bitfit": ("bitfit", {}), "side": ("side", {}),
-                "side-cached": ("side-cached", {}), "rev-lora": ("rev-lora", {})}
+                "side every second block": ("side every second block", {}), "side-cached": ("side-cached", {}), "rev-lora": ("rev-lora", {}),
+                "rev-lora, per layer": ("rev-lora", {"clipping": "per_layer"})}
 
 
 def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), experiment: str = "30_memory") -> None:

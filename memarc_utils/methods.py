@@ -12,6 +12,7 @@ from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 
 _QUARTER = ReversibleConfig(coefficients=(1 / 4, 1.0))
 _REDUCTION_8 = SideNetworkConfig(reduction=8)
+_EVERY_SECOND = replace(_REDUCTION_8, layers=2)
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "full": train_everything,
@@ -24,8 +25,9 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "rev-lora": lambda model: make_reversible(add_lora(model)),
     "rev-lora quarter": lambda model: make_reversible(add_lora(model), _QUARTER),  # half the kept bits
     "side": lambda model: attach_side_network(model, _REDUCTION_8),
+    "side every second block": lambda model: attach_side_network(model, _EVERY_SECOND),  # what the accuracy grid trains
     "side-cached": lambda model: attach_side_network(model, replace(_REDUCTION_8, downsample="pooled")),
-    "side-cached learned": lambda model: attach_side_network(model, replace(_REDUCTION_8, layers=2)),  # of the accuracy grid
+    "side-cached learned": lambda model: attach_side_network(model, _EVERY_SECOND),
 }
 
 

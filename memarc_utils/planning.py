@@ -313,7 +313,7 @@ def _batch(model: nn.Module, method: str, task: str, batch_size: int, num_tokens
     batch = {"labels": torch.zeros(labels, dtype=torch.long)}
     if method.startswith("side-cached"):
         side = side_of(model)
-        return {"inputs_embeds": torch.zeros(batch_size, num_tokens, len(side.taps) * side.tapped_width + side.width), **batch}
+        return {"inputs_embeds": torch.zeros(batch_size, num_tokens, side.cached_width, dtype=torch.bfloat16), **batch}
     return {"input_ids": torch.zeros(batch_size, num_tokens, dtype=torch.long), **batch}
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memarc_utils.book_keeping import accumulation_dtype
-from memarc_utils.layer_rules import register_rule
+from memarc_utils.layer_rules import CastLinear, register_rule
 
 _TEMPERATURE = 0.1  # of LST's gates
 _LOW_RANK = 16  # inner width of QST's downsample
@@ -100,9 +100,9 @@ class Orthogonal(nn.Module):
 def downsample(kind: str, width: int, side: int, index: int) -> nn.Module:
     """From width d to side width r: ``learned`` (a linear layer), ``low_rank`` (d to 16 to r), ``pooled``, ``orthogonal``."""
     if kind == "learned":
-        return nn.Linear(width, side, bias=False)
+        return CastLinear(width, side, bias=False)
     if kind == "low_rank":
-        return nn.Sequential(nn.Linear(width, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, side, bias=False))
+        return nn.Sequential(CastLinear(width, _LOW_RANK, bias=False), nn.Linear(_LOW_RANK, side, bias=False))
     return Pooled(width, side) if kind == "pooled" else Orthogonal(width, side, index)
 
 

@@ -123,8 +123,9 @@ class SideNetwork(nn.Module):
 
     @property
     def cached_width(self) -> int:
-        """Width of the ``inputs_embeds`` of a token whose features come from a cache: all taps and the final state."""
-        return len(self.taps) * self.tapped_width + self.width
+        """Width of the ``inputs_embeds`` of a token whose features come from a cache, in bfloat16: the final state, whose float32 numbers
+        lie in two each, and all taps."""
+        return 2 * self.width + len(self.taps) * self.tapped_width
 
     def __getattr__(self, name: str):
         """Whatever `transformers` asks of the base module (embed_tokens, dtype, get_input_embeddings) the backbone answers."""
@@ -146,9 +147,7 @@ class SideNetwork(nn.Module):
         kwargs["return_dict"] = True
         embeds = kwargs.get("inputs_embeds")
         if embeds is not None and embeds.shape[-1] == self.cached_width:
-            outputs = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=embeds[..., -self.width:])
-            taps = embeds[..., :-self.width].split(self.tapped_width, -1)
-            features = dict(zip(self.taps, taps))
+            outputs, features = self._unpack(embeds)
         else:
             outputs, features = self._run_backbone(input_ids, attention_mask, **kwargs)
         state = self._climb(features, self._mask(attention_mask, outputs.last_hidden_state))
@@ -161,6 +160,17 @@ class SideNetwork(nn.Module):
         if self.pooler is not None:
             changed["pooler_output"] = self.pooler(changed["last_hidden_state"])
         return type(outputs)(**{**outputs, **changed})  # built anew: the heads read the entries by position
+
+    def _unpack(self, embeds: Float[Tensor, "batch tokens cached"]) -> tuple:
+        """What `_run_backbone` returns, from the features of a cache: views of the batch, not copies."""
+        if embeds.dtype != torch.bfloat16:
+            raise ValueError(f"cached features came as {embeds.dtype}: give inputs_embeds as cache_features made them, in bfloat16 (the final "
+                             "state's float32 numbers lie in two each, which a conversion would destroy)")
+        final, taps = embeds[..., :2 * self.width], embeds[..., 2 * self.width:]
+        if embeds.shape[-1] % 2:  # float32 numbers begin at even places only
+            final = final.contiguous()
+        outputs = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=final.view(torch.float32))
+        return outputs, dict(zip(self.taps, taps.split(self.tapped_width, -1)))
 
     def _run_backbone(self, input_ids, attention_mask, **kwargs) -> tuple:
         """The base module's outputs, and the tapped features: normalised, and downsampled where that is frozen."""
@@ -186,8 +196,9 @@ class SideNetwork(nn.Module):
         frozen = self.side_config.downsample in FROZEN_DOWNSAMPLES
 
         def keep(tap: int, h: Tensor) -> None:
-            h = normalise(h.to(self.up.weight.dtype))
-            features[tap] = self.downs[self.taps.index(tap)](h) if frozen else h
+            wide = normalise(h.to(self.up.weight.dtype))
+            # What a learned downsample reads stands until the backward pass: in the backbone's type, which may be bfloat16.
+            features[tap] = self.downs[self.taps.index(tap)](wide) if frozen else wide.to(h.dtype)
 
         def keep_input(module, args, kwargs):
             keep(0, args[0] if args else kwargs["hidden_states"])
@@ -202,8 +213,7 @@ class SideNetwork(nn.Module):
 
     def _climb(self, features: dict[int, Tensor], mask: Tensor | None) -> Float[Tensor, "batch tokens side"]:
         dtype, frozen = self.up.weight.dtype, self.side_config.downsample in FROZEN_DOWNSAMPLES
-        z = [features.pop(tap).to(dtype) if frozen else down(features.pop(tap).to(dtype))
-             for tap, down in zip(self.taps, self.downs)]
+        z = [features.pop(tap).to(dtype) if frozen else down(features.pop(tap)) for tap, down in zip(self.taps, self.downs)]
         state = z[0]
         for new, gate, block in zip(z[1:], self.gates, self.side_blocks):
             state = gate(state, new)

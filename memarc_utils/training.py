@@ -18,6 +18,9 @@ from memarc_utils.batch_selection import pad_rows, poisson_batches
 from memarc_utils.dp_sgd import PrivateOptimizer, make_private
 
 
+_LOGITS_AT_ONCE = 2**24  # numbers
+
+
 def setup(seed: int) -> torch.device:
     """Seeds torch, numpy and random, sets the figures' theme, prints one line of versions and device.
 
@@ -55,21 +58,22 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once: int = 64) -> Float[Tensor, " batch"]:
+def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once: int | None = None) -> Float[Tensor, " batch"]:
     """Mean over each example's *own* target tokens of the next-token cross-entropy (labels of -100 are no targets).
 
     A mean over the batch's tokens would let one example's length scale another's gradient. The head is applied to
     ``tokens_at_once`` positions at a time and recomputed in the backward pass, so that logits (B, T, vocabulary) never
-    stand whole.
+    stand whole; None: as many as make 64 MiB of float32 logits.
     """
-    if isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1:
-        raise ValueError(f"tokens_at_once must be a whole number >= 1, got {tokens_at_once!r}")
+    if tokens_at_once is not None and (isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1):
+        raise ValueError(f"tokens_at_once must be a whole number >= 1, or None, got {tokens_at_once!r}")
     labels = batch["labels"][:, 1:]
     inputs = {name: t for name, t in batch.items() if name != "labels"}
     base = getattr(model, model.base_model_prefix)
     base = getattr(base, "decoder", base)  # OPT's language model calls the decoder inside its base module
     hidden = base(**inputs).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
+    tokens_at_once = tokens_at_once or max(1, _LOGITS_AT_ONCE // (max(1, len(labels)) * model.config.vocab_size))
 
     def summed(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = _wide(head(hidden))

@@ -129,6 +129,20 @@ def test_holds_whichever_is_smaller():
     assert keep_pair(1024, 1024, 512) and not keep_pair(1024, 1024, 513)
 
 
+def test_holds_whichever_has_fewer_bytes():
+    """A learned downsample of 1,024 to 128 at T = 128 with its input in bfloat16: 327,680 bytes as a pair, 524,288 as the gradient, though
+    the pair has more numbers. Norm and sum are those of the same numbers in float32."""
+    generator = seeded(3)
+    left, right = torch.randn(2, 128, 128, generator=generator), torch.randn(2, 128, 1024, generator=generator).bfloat16()
+    pair, dense = (held_of([], [(left, r)], [], (128, 1024)) for r in (right, right.float()))
+    assert pair.pairs and sum(t.nbytes for t in pair.tensors()) == 2 * 327_680
+    assert not dense.pairs and sum(t.nbytes for t in dense.tensors()) == 2 * 524_288
+    torch.testing.assert_close(pair.squares().squared, dense.squares().squared, rtol=1e-5, atol=0)
+    factors = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(pair.add_weighted_sum(None, factors), dense.add_weighted_sum(None, factors), rtol=1e-5, atol=1e-4)
+    assert not keep_pair(1, 1, 2, number_bytes=(8, 8)) and keep_pair(2, 2, 1, number_bytes=(8, 8))  # float64 gradients are float64
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_example_outside_keep_adds_exactly_nothing(bad):
     dense, pairs, lookups = random_contributions(3, 12, 11, 2, 1, 1, 1, seed=2)

@@ -48,6 +48,27 @@ def test_the_same_losses_and_gradients_without_the_backbone(number, tmp_path):
     assert len(cached) == len(plain) == 11
 
 
+def test_a_batch_stands_in_bfloat16_and_the_final_state_is_exact(tmp_path):
+    """The final state's float32 numbers travel as pairs of bfloat16, bit for bit, the taps are views of the batch, and a batch that
+    was converted on the way is refused: its final states would be other numbers."""
+    for settings in (dict(downsample="learned"), dict(downsample="pooled", reduction=32, heads=1)):  # 3 channels of taps: odd rows
+        model, rows = model_of(**settings), list(Rows())
+        cached, side = cache_features(model, rows, batch_size=4, folder=tmp_path), side_of(model)
+        batch = pad_rows([cached[i] for i in range(4)], 0)
+        embeds = batch["inputs_embeds"]
+        assert embeds.dtype == torch.bfloat16 and embeds.shape[-1] == 2 * side.width + len(side.taps) * side.tapped_width
+        outputs, features = side._unpack(embeds)
+        assert all(t.untyped_storage().data_ptr() == embeds.untyped_storage().data_ptr() for t in features.values())
+        row = cached[2]["input_ids"]
+        with torch.no_grad():
+            final = side.cacheable_features(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))[1]
+        torch.testing.assert_close(outputs.last_hidden_state[2, :len(row)], final[0], rtol=1e-5, atol=1e-6)
+        stored = torch.from_numpy(cached._shards[0][1][cached._starts[2]:cached._starts[3]].copy())
+        assert torch.equal(outputs.last_hidden_state[2, :len(row)], stored)
+        with pytest.raises(ValueError, match="cached features came as torch.float32: give inputs_embeds as cache_features made them"):
+            plain_losses(model, {**batch, "inputs_embeds": embeds.float()})
+
+
 def test_the_second_text_of_a_pair_is_read_as_such(tmp_path):
     """Types of tokens belong to the features and to the cache's name."""
     model, rows = model_of(), list(Rows())

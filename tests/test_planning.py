@@ -46,7 +46,7 @@ def real_step(family, method, task, clipping="flat", engine="book-keeping", chec
         batch = {"labels": torch.zeros((BATCH, TOKENS) if task == "causal-lm" else (BATCH,), dtype=torch.long)}
         if method.startswith("side-cached"):
             side = side_of(model)
-            batch["inputs_embeds"] = torch.randn(BATCH, TOKENS, len(side.taps) * side.tapped_width + side.width)
+            batch["inputs_embeds"] = torch.randn(BATCH, TOKENS, side.cached_width, dtype=torch.bfloat16)
         else:
             batch["input_ids"] = torch.randint(3, 100, (BATCH, TOKENS))
     losses = causal_lm_losses if task == "causal-lm" else classification_losses

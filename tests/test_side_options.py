@@ -114,6 +114,27 @@ def test_a_backbone_in_bfloat16_keeps_side_and_head_in_float32(number):
     private.step()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", ["learned", "low_rank"])
+def test_a_downsample_keeps_its_input_as_it_came(kind, cached):
+    """In bfloat16, half of float32's bytes, where the backbone or the cache has it so; one example's gradient is that of a loop, and
+    moves the sum by no more than C."""
+    model = shake(attach_side_network(tiny("bert").bfloat16(), SideNetworkConfig(reduction=4, heads=2, downsample=kind)))
+    batch, kept = padded_batch(model), []
+    if cached:
+        features, final = side_of(model).cacheable_features(batch["input_ids"], batch["attention_mask"])
+        batch["inputs_embeds"] = torch.cat([final.float().view(torch.bfloat16), features.flatten(2).bfloat16()], 2)
+    private = private_sgd(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        inputs = {name: t for name, t in batch.items() if not (cached and name == "input_ids")}
+        plain_losses(model, inputs)
+    wide = {t.data_ptr(): t.dtype for t in kept if t.dim() == 3 and t.shape[:2] == (4, 7) and t.shape[-1] == 32}
+    assert list(wide.values()).count(torch.bfloat16) >= len(side_of(model).taps)
+    private.detach()
+    report = verify_sensitivity(model, plain_losses, inputs, max_grad_norm=1.0)
+    assert report.max_contribution <= 1 + 1e-5 and report.max_relative_error < 1e-4
+
+
 def test_options_are_checked_before_anything_is_done():
     for name, known in (("downsample", "learned, low_rank, pooled, orthogonal"), ("gate", "none, scalar, vector"),
                         ("mix", "residual, gated"), ("initial_weights", "random, magnitude")):

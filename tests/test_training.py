@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
 from memarc_utils.batch_selection import pad_rows, poisson_batches
@@ -70,6 +71,19 @@ def test_chunks_never_hold_all_logits():
     assert sizes == [3, 3, 2]  # eight positions predict a next token
     losses.sum().backward()
     assert max(sizes) == 3 and len(sizes) == 6  # and again in the backward pass
+
+
+def test_chunks_hold_64_mebibytes_of_logits_by_default(monkeypatch):
+    """4 examples, 101 words: as many positions as fit, at least one."""
+    assert 4 * training._LOGITS_AT_ONCE == 2**26
+    model, sizes = tiny("llama", "causal_lm", False), []
+    model.lm_head.register_forward_hook(lambda m, a, out: sizes.append(out.shape[1]))
+    batch = padded_batch(model, "causal_lm", tokens=9)
+    for numbers, want in ((3 * 4 * 101, [3, 3, 2]), (5 * 4 * 101 - 1, [4, 4]), (1, [1] * 8), (training._LOGITS_AT_ONCE, [8])):
+        monkeypatch.setattr(training, "_LOGITS_AT_ONCE", numbers)
+        sizes.clear()
+        causal_lm_losses(model, batch)
+        assert sizes == want
 
 
 def test_causal_losses_are_means_over_ones_own_tokens():
