@@ -191,8 +191,8 @@ def split_bits(x: Float[Tensor, "..."], bits: int, grid: float = _GRID) -> tuple
 
 
 def join_bits(scaled: Float[Tensor, "..."], lost: UInt8[Tensor, " bytes"], bits: int, grid: float = _GRID) -> Float[Tensor, "..."]:
-    """What `split_bits` was given."""
-    return scaled.mul(2.0**bits).add_(_unpack(lost, bits, scaled.shape).to(scaled.dtype), alpha=grid)
+    """What `split_bits` was given, in the memory of ``scaled``."""
+    return scaled.mul_(2.0**bits).add_(_unpack(lost, bits, scaled.shape).to(scaled.dtype), alpha=grid)
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:

@@ -115,6 +115,12 @@ class Reversed(torch.autograd.Function):
         return (None, None, grad_hidden, *(way.grads.get(id(p)) for p in ctx.parameters))
 
 
+def _graph_is_kept() -> bool:
+    """Whether this backward pass was called with retain_graph=True; true too where torch does not tell."""
+    tells = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tells is None or tells()
+
+
 def _autocast(state: tuple | None, kind: str):
     return contextlib.nullcontext() if state is None else torch.autocast(kind, enabled=state[0], dtype=state[1])
 
@@ -167,13 +173,14 @@ class WayBack:
     def backward(self, grad_output: Tensor) -> Tensor | None:
         """The gradient of the embeddings, if it was asked for; that of the parameters lies in `grads`."""
         d1, d2 = (grad_output / 2, grad_output / 2) if self.blocks.takes_mean else (None, grad_output)
-        streams, since_stored = None, 0
+        streams, since_stored, used_up = None, 0, not _graph_is_kept()
         for n in range(len(self.blocks) - 1, max(self.lowest, 0) - 1, -1):
             if self.blocks.coupling.swap:
                 d1, d2 = d2, d1
             since_stored = 0 if ("x1", n) in self.saved else since_stored + 1
-            # Two layers below stored streams nobody else holds y1, unless the block read it uncast: x1 may take its memory.
-            reuse = since_stored > 1 and self.dtype != self.blocks.coupling.dtype
+            # Where no second backward pass will ask for the stored streams, and two layers below them in any case, nobody else needs
+            # y1, unless the block read it uncast or it is the output: x1 may take its memory.
+            reuse = (used_up or since_stored > 1) and self.dtype != self.blocks.coupling.dtype
             streams, d1, d2 = self._undo(n, *self._outputs(n, streams), d1, d2, reuse)
         if self.blocks.coupling.bits and self.lowest <= 0:
             self._check_exact(*streams)

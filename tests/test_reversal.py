@@ -5,10 +5,12 @@ import contextlib
 import pytest
 import torch
 
+from memarc_utils import reversal
 from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias_terms, train_everything
 from memarc_utils.backbones import block_view
 from memarc_utils.couplings import COUPLINGS, FIXED_POINT, ReversibleConfig
 from memarc_utils.memory import held_bytes, saved_bytes
+from memarc_utils.planning import plan_memory
 from memarc_utils.reversible import gradient_error, make_reversible, reversible_blocks
 from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, private_sgd, seeded, shake, tiny
 
@@ -206,6 +208,35 @@ def test_backward_twice_over_a_kept_graph():
         assert torch.equal(one, other)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("segment", [None, 1, 2])
+@pytest.mark.parametrize("kind", FIXED_POINT)
+def test_stored_streams_are_used_up_where_no_second_backward_pass_comes(kind, segment):
+    """The way back runs in their memory, and gives the very gradients that it gives beside them; a kept graph keeps them. One layer of
+    blocks, or as many as a segment has, and one that is a segment of its own."""
+    for layers in (1, 5):
+        model = shake(make_reversible(add_lora(tiny(layers=layers), rank=2), ReversibleConfig(kind, segment=segment)))
+        batch, parameters, found = padded_batch(model), [p for p in model.parameters() if p.requires_grad], []
+        for used_up in (True, False):
+            saved, loss = [], None
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+                loss = plain_losses(model, batch).sum()
+            streams = {t.data_ptr(): t for t in saved if t.dtype == torch.float64 and t.shape == (4, 7, 32)}
+            before = {key: t.clone() for key, t in streams.items()}
+            found.append(torch.autograd.grad(loss, parameters, retain_graph=not used_up))
+            assert len(streams) >= 2 and any(not torch.equal(t, before[key]) for key, t in streams.items()) == used_up
+        for one, other in zip(*found):
+            assert torch.equal(one, other)
+
+
+def test_a_reversible_step_holds_two_streams_and_no_copy_of_them(monkeypatch):
+    """Planned, at B = 16, T = 64, d = 64 in float32 blocks: two float64 streams less where the stored ones are used up."""
+    plans = []
+    for keeps in (reversal._graph_is_kept, lambda: True):
+        monkeypatch.setattr(reversal, "_graph_is_kept", keeps)
+        plans.append(plan_memory("tiny", "rev-lora", 16, 64).peak_bytes)
+    assert plans[1] - plans[0] == pytest.approx(2 * 8 * 16 * 64 * 64, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", FIXED_POINT)
