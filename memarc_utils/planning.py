@@ -81,7 +81,9 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
 
     Counted is what torch's allocator would give out on a CPU; scratch space inside of kernels is not. On a GPU the fused attention
     kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T) stand: ``fused_attention`` plans for the
-    first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains.
+    first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains. In the steps 1, 2,
+    4, 8, ... the engine also looks for examples that meet: such a pass holds no clipping records, but a reversible network keeps its
+    stored streams in it, 16 B·T·d bytes.
 
     Args:
         model: a `transformers` configuration, a model (whose configuration is taken), or a key of `methods.SHAPES`.

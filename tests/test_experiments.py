@@ -167,7 +167,7 @@ def test_plans_of_whole_steps_are_recorded_once(monkeypatch, tmp_path):
         grids.record_plans(("tiny",), "grid")
     rows = rows_of(tmp_path)
     cases = {(json.loads(row["settings"])["case"], json.loads(row["settings"])["fused_attention"]): float(row["value"]) for row in rows}
-    assert len(rows) == len(cases) == 16 and cases["full", True] <= cases["full", False] < cases["full, per-example gradients", False]
+    assert len(rows) == len(cases) == 20 and cases["full", True] <= cases["full", False] < cases["full, per-example gradients", False]
 
 
 def test_settings_are_json_and_tell_cells_apart():
