@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
@@ -221,12 +221,25 @@ def _held_and_peak_on_cpu(step: Callable[[], object]) -> tuple[int, int]:
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with _quiet_stderr(), _without_collector(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         result = step()  # noqa: F841 (it must live until the profile ends)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    standing: dict[int, int] = {}  # sizes by address
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
+    for _, address, size in sorted(_allocations(profile)):
+        if size < 0 and standing.pop(address, None) is None:
+            continue  # not of this run: the profiler keeps addresses of earlier ones and takes older blocks that lie there for theirs
+        standing.update({address: size} if size > 0 else {})
+        held += size
         peak = max(peak, held)
     return held, peak
+
+
+def _allocations(profile: torch.profiler.profile) -> Iterator[tuple[int, int, int]]:
+    """Time in nanoseconds, address, and bytes given out, or, negative, taken back."""
+    nodes = list(profile.profiler.kineto_results.experimental_event_tree())
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children)
+        if node.tag == torch._C._profiler._EventType.Allocation:
+            yield node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size
 
 
 @contextlib.contextmanager

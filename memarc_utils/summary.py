@@ -30,8 +30,8 @@ COST_OF = {in_grid: in_costs for in_grid, in_costs, _ in HEADLINE.values() if in
 
 
 def canonical_code(method: str, code: str) -> str:
-    """The newest code known to give a method the very same numbers as this one: ``data/results/same_results.json`` lists recorded cells
-    that were run again (`experiments.recheck`) with other code and came out equal to the last digit."""
+    """The newest code known to give a method the same numbers as this one: ``data/results/same_results.json`` lists recorded cells that
+    were run again with other code and came out equal; under autocast, but for rounding (`experiments.recheck`)."""
     path = RESULTS / "same_results.json"
     rechecked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     newer = {row["old"]: row["new"] for row in rechecked if row["method"] == method}

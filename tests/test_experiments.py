@@ -116,6 +116,28 @@ def test_a_recorded_cell_that_comes_out_otherwise_is_told(few_rows, monkeypatch)
         recheck(cell(seed=5))
 
 
+def test_autocast_may_round_otherwise(few_rows, monkeypatch):
+    """Two examples of a thousand decided otherwise are rounding, twenty are another method; in float32 two are, too."""
+    monkeypatch.setattr(summary, "RESULTS", few_rows)
+    rounded = cell("lora", autocast=True)
+    run_grid([rounded, cell()])
+    path, ran = few_rows / "grid.csv", {one.method: run_cell(one) for one in (rounded, cell())}
+    text = path.read_text(encoding="utf-8")
+    for one in (rounded, cell()):
+        text = text.replace(code_of(METHODS[one.method]), "0123456789ab")
+    path.write_text(text, encoding="utf-8")
+    for off, refused in ((0.002, ["linear-probe"]), (0.02, ["linear-probe", "lora"])):
+        monkeypatch.setattr(experiments, "run_cell", lambda one: {**ran[one.method], "test_accuracy": ran[one.method]["test_accuracy"] + off})
+        for one in (cell(), rounded):
+            (few_rows / "same_results.json").unlink(missing_ok=True)
+            if one.method in refused:
+                with pytest.raises(ValueError, match="The rows are of another method now"):
+                    recheck(one)
+            else:
+                assert recheck(one)
+                assert "before_test_accuracy" in (few_rows / "same_results.json").read_text(encoding="utf-8")
+
+
 def test_a_cell_without_noise_is_the_private_one_with_sigma_zero(few_rows):
     noisy, bare = run_cell(cell()), run_cell(cell(without_noise=True))
     assert bare["sigma"] == 0 and math.isinf(bare["epsilon"]) and noisy["sigma"] > 0
