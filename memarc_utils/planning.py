@@ -35,6 +35,7 @@ from memarc_utils.training import causal_lm_losses, classification_losses
 PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _GIB = 2**30
+_DRAW, _SLICE = 16, 2**20  # of noise: bytes a value while it is drawn, and values at a time (one thread's)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
                 parts: bool = True) -> MemoryPlan:
     """Predicts what one step holds at its peak. Nothing of the model's size is allocated.
 
-    Counted is what torch's allocator would give out on a CPU; scratch space inside of kernels is not. On a GPU the fused attention
+    Counted is what torch's allocator would give out on a CPU, and the draw of noise, 16 bytes a value of the largest parameter but at
+    most 16 MiB; scratch space inside of kernels, some 3 MB, is not. On a GPU the fused attention
     kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T) stand: ``fused_attention`` plans for the
     first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains. In the steps 1, 2,
     4, 8, ... the engine also looks for examples that meet: such a pass holds no clipping records, but a reversible network keeps its
@@ -134,8 +136,11 @@ def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping=
             second = _Tracker(known={*standing, *state}, stop_at=first.peak_at, look=lambda live: step.parts(live, forward))
             step.run(second)
             found = second.found
-    trainable = sum(p.numel() for p in fake.parameters() if p.requires_grad)
-    return MemoryPlan(sum(standing.values()), sum(state.values()), **found, working=first.peak - sum(found.values()), trainable=trainable)
+    peak, sizes = first.peak, [p.numel() for p in step.trainable]
+    noise = _DRAW * min(max(sizes), _SLICE) if step.private else 0
+    if noise and 4 * sum(sizes) + noise > peak:  # a step of few activations holds most when noise is added to its sums
+        peak, found = 4 * sum(sizes) + noise, {"gradients": 4 * sum(sizes) * parts, "engine": 0, "activations": 0}
+    return MemoryPlan(sum(standing.values()), sum(state.values()), **found, working=peak - sum(found.values()), trainable=sum(sizes))
 
 
 def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_tokens: int, budget_gib: int | float,
@@ -244,7 +249,7 @@ class _Step:
             self.optimizer = _OPTIMIZERS[optimizer](self.trainable, lr=1e-4)
             self.batch = _batch(model, method, task, batch_size, num_tokens)
         self.private: PrivateOptimizer | None = None
-        if engine in ("book-keeping", "per-example"):  # without noise, which is drawn in slices of 4 MiB
+        if engine in ("book-keeping", "per-example"):  # without noise, whose draw torch's allocator does not see
             plan = PrivacyPlan(dataset_size=50_000, expected_batch_size=batch_size, num_steps=1_000, noise_multiplier=0.0,
                                max_grad_norm=1.0, delta=1e-5)
             self.private = make_private(model, self.optimizer, plan, clipping=clipping,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, OPTConfig
 
+from memarc_utils import dp_sgd, planning
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.dp_sgd import make_private
 from memarc_utils.feature_cache import side_of
 from memarc_utils.memory import largest_batch, measure_step, plan_memory, saved_bytes
 from memarc_utils.probe import Probe
 from memarc_utils.methods import METHODS, SHAPES
+from memarc_utils.randomness import cryptographic_normals
 from memarc_utils.training import causal_lm_losses, classification_losses
 
 BATCH, TOKENS = 8, 48
@@ -83,6 +86,22 @@ def test_planned_peak_is_what_the_allocator_gives_out(family, method, task, opti
     plan = plan_memory(SMALL[family](), method, BATCH, TOKENS, task=task, **options)
     measured = measure_step(real_step(family, method, task, **options), repeats=1).peak_bytes
     assert plan.peak_bytes - plan.optimizer_state == pytest.approx(measured, rel=0.02)  # most agree to 64 bytes
+
+
+def test_the_draw_of_noise_is_the_peak_of_a_step_with_few_activations():
+    """A head of 64 · 64 values above a frozen body, one example of two tokens: while noise is drawn its sums stand, and 16 bytes a value."""
+    cryptographic_normals(2)
+    tracemalloc.start()
+    cryptographic_normals(100_000)
+    drawn = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert drawn == pytest.approx(planning._DRAW * 100_000, rel=0.01) and planning._SLICE == dp_sgd._NOISE_SLICE
+    config = SMALL["encoder"]()
+    plan = plan_memory(config, "probe", 1, 2)
+    assert plan.gradients == 4 * plan.trainable and plan.working == 16 * config.hidden_size**2 and plan.activations == plan.engine == 0
+    assert plan.peak_bytes - plan.optimizer_state == plan.gradients + plan.working
+    assert plan.total_bytes == plan_memory(config, "probe", 1, 2, parts=False).total_bytes
+    assert plan_memory(config, "probe", 16, 64).activations > 0  # here it is the forward pass
 
 
 def test_parts_add_up_to_the_total():
