@@ -229,7 +229,8 @@ def _cached_batches(case: StepCase, model: nn.Module) -> Callable[[], dict]:
 
 def _non_private_step(case, model, optimizer, draw_batch) -> Callable[[], None]:
     def step() -> None:
-        classification_losses(model, draw_batch()).mean().backward()
+        batch = draw_batch()  # it stands through the backward pass, as in a loop over batches
+        classification_losses(model, batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -250,7 +251,8 @@ def _book_keeping_step(case, model, optimizer, draw_batch) -> Callable[[], None]
     private = make_private(model, optimizer, _plan(case), clipping=case.clipping, bookkeeping=case.bookkeeping)
 
     def step() -> None:
-        private.backward(classification_losses(model, draw_batch()))
+        batch = draw_batch()
+        private.backward(classification_losses(model, batch))
         private.step()
 
     return step

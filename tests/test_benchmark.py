@@ -1,5 +1,8 @@
 """`benchmark`: every engine and method takes its step in a process of its own; what cannot be compared is refused."""
 
+import weakref
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +19,24 @@ def test_a_fresh_process_measures_a_step():
     ratios = relative_to(table)
     assert ratios["time_ratio"][0] == ratios["memory_ratio"][0] == 1.0
     assert ratios["time_ratio"][1] == pytest.approx(table["seconds"][1] / table["seconds"][0])
+
+
+@pytest.mark.parametrize("prepare", [benchmark._non_private_step, benchmark._book_keeping_step])
+def test_a_batch_stands_through_the_backward_pass(prepare, monkeypatch):
+    """In a loop over batches it does; a step that let go of it after the forward pass would hold less."""
+    drawn, stood = [], []
+
+    def draw_batch():
+        drawn.append(weakref.ref(batch := torch.ones(3, 2)))
+        return {"x": batch}
+
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda grad: stood.append(drawn[-1]() is not None))
+    monkeypatch.setattr(benchmark, "classification_losses", lambda model, batch: weight.sum() * batch["x"].detach().clone().sum(1))
+    monkeypatch.setattr(benchmark, "make_private", lambda *args, **kwargs: SimpleNamespace(
+        backward=lambda losses: losses.sum().backward(), step=lambda: None))
+    prepare(StepCase("full", "book-keeping", **SMALL), None, torch.optim.SGD([weight], 0.1), draw_batch)()
+    assert stood == [True]
 
 
 def test_a_peak_between_two_samples_is_seen(monkeypatch):

@@ -218,7 +218,7 @@ def test_never_trained_parameters():
     assert report.untrained_parameters == ["lost.weight", "lost.bias"] and not report.holds
 
 
-def test_per_layer_as_flat():
+def test_whole_c_for_each_layer():
     model = nn.Sequential(*[nn.Linear(4, 4, bias=False) for _ in range(9)])
     x = torch.randn(5, 4, generator=seeded(2))
     gradients = loop_gradients(model, {"x": x}, lambda m, one: m(one["x"]).sum(1))
