@@ -91,6 +91,10 @@ def check_batch_at_work(optimizer, num_losses: int) -> None:
     if sampler is None:
         raise ValueError("the batch at work was drawn for another plan than this optimizer's, and ε would be that of other batches: make "
                          "both with one plan, poisson_batches(dataset, private.plan), or leave that loop first")
+    if optimizer.plan.sampling == "shuffled" and sampler.steps_drawn <= optimizer.steps_taken:
+        raise ValueError(f"this sampler has drawn {sampler.steps_drawn} batches and the optimizer taken {optimizer.steps_taken} steps: a new "
+                         "shuffle begins a new epoch, and some examples come twice where the plan pays for once. Keep one shuffled_batches "
+                         "object for the whole run (a resume loads its state)")
     if num_losses > len(sampler.batch):
         raise ValueError(f"this step has {num_losses} losses, the batch at work {len(sampler.batch)} examples: give one loss an example and "
                          "take one private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; "

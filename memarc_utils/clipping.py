@@ -20,12 +20,16 @@ STABILITY = 0.01  # γ of AUTO-S
 
 def check_clipping(clipping: str, max_grad_norm: float) -> None:
     """Raises:
-        ValueError: unknown clipping function, or a bound that is not a positive number.
+        ValueError: unknown clipping function, or a bound that is not a positive number of at least 1e-12: gradients as small as a smaller
+            one have squares below float32's range.
     """
     if clipping not in CLIPPINGS:
         raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {clipping!r}")
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, Real) or not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
         raise ValueError(f"max_grad_norm must be a positive number, got {max_grad_norm!r}")
+    if max_grad_norm < 1e-12:
+        raise ValueError(f"max_grad_norm must be 1e-12 or more, got {max_grad_norm!r}: float32 cannot hold the squares of gradients that "
+                         "small. Scale the loss up, and C with it")
 
 
 def group_bound(max_grad_norm: float, clipping: str, num_groups: int = 1) -> float:

@@ -18,7 +18,7 @@ from memarc_utils.clipping import check_clipping, clipping_factors, contribution
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.model_checks import check_not_begun, check_sampler, check_state
-from memarc_utils.randomness import check_generator, cryptographic_normals, spawn
+from memarc_utils.randomness import check_generator, cryptographic_normals, hide_dropout, spawn
 from memarc_utils.sensitivity import SensitivityReport, verify_sensitivity
 
 __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sensitivity"]
@@ -40,7 +40,8 @@ def make_private(model: nn.Module, optimizer: torch.optim.Optimizer, plan: Priva
         clipping: ``flat``, ``automatic`` or ``per_layer`` (see `clipping`).
         mode: ``book_keeping`` or ``per_example`` (the plain reference).
         noise_generator: for reproducible checks only, on the device of the parameters: who knows its seed, or sees enough of its
-            noise, can subtract the rest. None draws every number from a cryptographic generator (`randomness`).
+            noise, can subtract the rest. None draws every number from a cryptographic generator (`randomness`). With noise it also
+            seeds torch's global generators anew, since masks of dropout from a known seed would show who is in a batch.
         bookkeeping: what is held until the norms are known: ``memory`` the smaller form of each layer's record, ``mixopt``
             as BK-MixOpt has it (see `book_keeping.keep_pair`).
         noise: ``gaussian``, one draw of torch's normal; ``secure``, half the sum of four, which hides the pattern that one
@@ -81,6 +82,8 @@ class PrivateOptimizer:
         self._training_checked = False
         self.gradient_norms: Tensor | None = None
         self.detached = False
+        if noise_generator is None and plan.noise_multiplier > 0:
+            hide_dropout(self._device)
 
     @property
     def plan(self) -> PrivacyPlan:
@@ -276,6 +279,8 @@ class PrivateOptimizer:
         if (self.noise_generator is None) != (state["noise_generator"] is None):
             raise ValueError("give a noise_generator to both runs (a check), or to neither")
         self.zero_grad()
+        # Before the weights: whatever fails below, what they have cost is counted.
+        self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.sampler.note_buffers()
@@ -283,7 +288,6 @@ class PrivateOptimizer:
             self.noise_generator.set_state(state["noise_generator"])
         if "dropout" in state:
             _set_global_states(state["dropout"], self._device)  # masks go on, too, as in a run that was not cut
-        self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])
 

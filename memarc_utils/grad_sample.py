@@ -27,7 +27,7 @@ from memarc_utils.probe import Probe
 
 MODES = ("book_keeping", "per_example")
 # A squared norm below this share of its orthogonal sum came out of cancellation: it is computed again in float64.
-_CANCELLED = 0.1
+_CANCELLED, _UNDERFLOW = 0.1, 1e-20
 # A norm is never called smaller than what float32's rounding of the sum could hide: this share, squared, of Σ ‖l_t‖‖r_t‖.
 _ROUNDING = 1e-10
 
@@ -100,7 +100,7 @@ class _RecordingForward:
                              "apart: give it inputs whose first axis is the batch")
         if any(p not in self.sampler.names for p in parameters):  # swapped by functional_call, or a new Parameter
             raise ValueError(f"a parameter of {type(module).__name__} was replaced since make_private: call private.detach(), change the "
-                             "model, then call make_private again")
+                             "model, then call make_private again, for a composition of both runs")
         return _RecordedLayer.apply(self.sampler, module, rule, batch, folded, len(inputs), *inputs, *parameters)
 
     def __deepcopy__(self, memo):
@@ -303,7 +303,7 @@ class GradSampler:
             return losses.detach(), torch.ones(0, dtype=torch.bool, device=losses.device)
         self.check_parameters(release=False)
         self.check_whole()
-        if 0 < self._model_calls <= self._backwards and not self._layer_called:
+        if self._backwards and self._model_calls <= self._backwards and not self._layer_called:
             raise ValueError("private.backward came again without a model call before it: an example that is in two of them counts "
                              "twice. Add an example's losses up, losses_a + losses_b, and call private.backward once a model call")
         self._held, self._recording_for, self._clip, self.held_bytes = {}, len(losses), clip, {}
@@ -358,15 +358,15 @@ class GradSampler:
 
     @staticmethod
     def _norms(held: list[HeldGradient], device: torch.device) -> tuple[Float[Tensor, " batch"], bool]:
-        """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small, and
-        whether that was so."""
+        """Norms in float32; in float64 where contributions cancel so far that float32 could call a norm too small, or where
+        squares may have left its range below; and whether that was so."""
         def total(squares):
             return torch.stack([s.to(device) for s in squares]).sum(0)
 
         grams = Grams()
         squared, orthogonal, aligned = zip(*(gradient.squares(grams=grams) for gradient in held))
         squared, floor = total(squared), _ROUNDING * total([a.square() for a in aligned])
-        cancelled = holds_data(squared) and bool((squared < _CANCELLED * total(orthogonal)).any())
+        cancelled = holds_data(squared) and bool(((squared < _CANCELLED * total(orthogonal)) | (squared < _UNDERFLOW)).any())
         if cancelled:
             squared = total([gradient.squares(torch.float64).squared for gradient in held])
         return torch.maximum(squared.to(floor.dtype), floor).sqrt(), cancelled

@@ -61,6 +61,9 @@ def check_no_batch_statistics(model: nn.Module) -> None:
             raise ValueError(f"{weight} is rescaled in the forward pass, row by row as a batch looks them up (max_norm), whether it trains "
                              f"or not: the table would show the batch's tokens. Set max_norm=None, after rescaling it once: "
                              f"{weight}.data.renorm_({module.norm_type}, 0, {module.max_norm})")
+        if ".quantized.dynamic" in type(module).__module__:
+            raise ValueError(f"{name or 'the model'} is a dynamically quantized {type(module).__name__}: it scales its input by the largest "
+                             "number of the whole batch, so that each example changes the others. Quantize weights alone, or with a fixed scale")
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
         mixes = batch_norm or (isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats)
         # Without running statistics it takes the batch's own in evaluation mode too.
@@ -168,14 +171,15 @@ class WatchedBuffers:
 
 
 class WatchedPasses:
-    """Remembers, from the first forward pass of a step to the step, what trains and the floating-point tensors that modules keep in plain
-    attributes (one level into lists, tuples and dicts). In between only a forward pass can write them: what it puts into a parameter is
-    released beside the noise, what it keeps of a batch in an attribute steers the next step past the clipper.
+    """Remembers, from the first forward pass of a step to the step, what trains and the tensors that modules keep in plain attributes
+    (one level into lists, tuples and dicts). In between only a forward pass can write them: what it puts into a parameter is
+    released beside the noise, what it keeps of a batch in an attribute steers the next step past the clipper. That a tensor has a graph
+    is no excuse: no later step goes back through it, but one can read its numbers.
 
     Of more than `_MOST_READ` parameters the numbers of so many are compared, drawn anew each step, and the versions of all; of the
-    attributes as many. An attribute that appears, goes, or has another shape is a cache (rotary tables, masks) and no alarm, nor is a
-    tensor with a graph, which no later step can go back through. Numbers of Python's own, and tensors that an object of another class
-    or a closure holds, are out of reach.
+    attributes as many. An attribute that appears or goes, or that has another shape and the same numbers where both have any, is a cache
+    (rotary tables, masks) and no alarm; an entry more in a list that was there is one. Numbers of Python's own, single whole numbers
+    (counts of steps), and tensors that an object of another class or a closure holds, are out of reach.
 
     Args:
         model: whose modules' attributes are watched.
@@ -192,16 +196,19 @@ class WatchedPasses:
         if self._versions is None:
             plain = [p for p in self._names if _is_plain(p)]
             self._versions = {p: _version(p) for p in plain}
-            self._read, attributes = _some(plain), _tensor_attributes(self._model)
+            self._read, (attributes, self._lists) = _some(plain), _tensor_attributes(self._model)
             some = _some(list(attributes))
             contents = _fingerprints(self._read + [attributes[name] for name in some])
             self._contents, self._attributes = contents[:len(self._read)], dict(zip(some, contents[len(self._read):]))
+            self._before = {name: tensor.detach() for name, tensor in attributes.items()}
 
     def forget(self) -> None:
         self._versions: dict[nn.Parameter, int] | None = None
         self._read: list[nn.Parameter] = []
         self._contents: list[tuple | None] = []
         self._attributes: dict[str, tuple | None] = {}
+        self._before: dict[str, Tensor] = {}  # all of them, by reference: one that is replaced by another shape is compared itself
+        self._lists: set[str] = set()
 
     def check(self, release: bool = True) -> None:
         """
@@ -214,7 +221,7 @@ class WatchedPasses:
         """
         if self._versions is None:
             return
-        attributes = _tensor_attributes(self._model) if self._attributes else {}
+        attributes = _tensor_attributes(self._model)[0] if self._attributes or self._lists else {}
         before = [*zip(self._read, self._contents), *((attributes[n], kept) for n, kept in self._attributes.items() if n in attributes)]
         before = [(t, kept) for t, kept in before if kept is not None and (release or t.device.type == "cpu")]
         same = {id(t): kept == now or kept[:2] != now[:2] if now else True
@@ -228,7 +235,10 @@ class WatchedPasses:
                 raise ValueError(f"the parameter {self._names[parameter]} was written {self._since}: what a forward pass puts there of a "
                                  "batch is private data without noise. Remove the write (first-call initialisations too); weights of your own "
                                  "load between a step and the next forward pass, or before private.zero_grad()")
-        if written := [name for name in self._attributes if name in attributes and not same.get(id(attributes[name]), True)]:
+        written = [name for name in self._attributes if name in attributes and not same.get(id(attributes[name]), True)]
+        written += [name for name, old in self._before.items() if name in attributes and not _same_corner(old, attributes[name])]
+        written += [name for name in attributes if name not in self._before and name.rpartition("[")[0] in self._lists]
+        if written:
             raise ValueError(f"the attribute {written[0]} was written {self._since}: what it keeps of one batch would steer the next step "
                              "past the clipper. Remove it; what is only looked at, give back beside the output, or delete it after each step")
 
@@ -237,12 +247,23 @@ def _some(those: list) -> list:
     return those if len(those) <= _MOST_READ else random.SystemRandom().sample(those, _MOST_READ)
 
 
-def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor with numbers of its own, no parameter, buffer or node of a graph."""
+def _same_corner(old: Tensor, new: Tensor) -> bool:
+    """Of two shapes: are the numbers equal at the places that both have? (One shape is compared by fingerprints.)"""
+    if old.shape == new.shape:
+        return True
+    if old.dim() != new.dim() or old.dtype != new.dtype or old.device != new.device:
+        return False
+    corner = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape))
+    return torch.equal(old[corner], new.detach()[corner])
+
+
+def _tensor_attributes(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """Name to tensor with numbers of its own, no parameter or buffer; and the names of the lists."""
     found: dict[str, Tensor] = {}
+    lists: set[str] = set()
 
     def add(name: str, value: object) -> None:
-        if isinstance(value, Tensor) and _is_plain(value) and value.is_floating_point() and not value.requires_grad and holds_data(value):
+        if isinstance(value, Tensor) and _is_plain(value) and (value.is_floating_point() or value.dim()) and holds_data(value):
             found[name] = value
 
     for path, module in model.named_modules():
@@ -253,12 +274,13 @@ def _tensor_attributes(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 add(name, value)
             elif len(value) <= _MOST_ENTRIES:
+                lists |= {name} if isinstance(value, list) else set()
                 for at, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
                     add(f"{name}[{at!r}]", part)
     if found:
         registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         found = {name: tensor for name, tensor in found.items() if id(tensor) not in registered}
-    return found
+    return found, lists
 
 
 def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> None:
@@ -273,7 +295,8 @@ def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> N
                          "the model to its device first, then call make_private")
     if gone := [name for p, name in names.items() if p not in now]:
         raise ValueError(f"no longer trainable or replaced since make_private: {', '.join(gone[:5])}. Call "
-                         "private.detach(), change the model, then call make_private again")
+                         "private.detach(), change the model, then call make_private again, with a plan for the rest: what is spent then is "
+                         "the composition of both, which neither epsilon() knows")
 
 
 def _version(tensor: Tensor) -> int:

@@ -35,7 +35,7 @@ from memarc_utils.training import causal_lm_losses, classification_losses
 PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _GIB = 2**30
-_DRAW, _SLICE = 16, 2**20  # of noise: bytes a value while it is drawn, and values at a time (one thread's)
+_DRAW, _SLICE = 12, 2**20  # of noise: bytes a value while it is drawn, and values at a time (one thread's)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
                 parts: bool = True) -> MemoryPlan:
     """Predicts what one step holds at its peak. Nothing of the model's size is allocated.
 
-    Counted is what torch's allocator would give out on a CPU, and the draw of noise, 16 bytes a value of the largest parameter but at
-    most 16 MiB; scratch space inside of kernels, some 3 MB, is not. On a GPU the fused attention
+    Counted is what torch's allocator would give out on a CPU, and the draw of noise, 12 bytes a value of the largest parameter but at
+    most 12 MiB; scratch space inside of kernels, some 3 MB, is not. On a GPU the fused attention
     kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T) stand: ``fused_attention`` plans for the
     first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains. In the steps 1, 2,
     4, 8, ... the engine also looks for examples that meet: such a pass holds no clipping records, but a reversible network keeps its

@@ -1,8 +1,9 @@
 """A look for examples that meet: in a layer whose rows are no examples, or in a loss that is made of several."""
 
+import contextlib
 import warnings
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,7 @@ class LossProbe:
             alone, together = compute(half), losses[rows]
             if not differ(alone, together, _TOLERANCE):
                 return
-            with _SixteenBits() as coarse:
+            with SixteenBits() as coarse:
                 again = compute(half)
             if differ(again, alone, _TOLERANCE) or differ(compute(micro_batch), losses, _TOLERANCE):
                 return warnings.warn("the losses are random: the same rows gave others a second time, so whether they mix examples cannot "
@@ -216,7 +217,7 @@ class LossProbe:
                              "constants out of it)")
 
 
-class _SixteenBits(TorchDispatchMode):
+class SixteenBits(TorchDispatchMode):
     """Notes whether any operation computes in fewer than 32 bits, also under an autocast that only the loss knows of."""
 
     seen = False
@@ -225,6 +226,20 @@ class _SixteenBits(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.seen |= any(isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
         return result
+
+
+@contextlib.contextmanager
+def refuse_sixteen_bits() -> Iterator[None]:
+    """For losses whose differences are divided by a small number.
+
+    Raises:
+        ValueError: something within was computed in fewer than 32 bits.
+    """
+    with SixteenBits() as coarse:
+        yield
+    if coarse.seen:
+        raise ValueError("the losses are computed in 16 bits: who else is in the batch changes how they round, and divided by 2λ that moves "
+                         "the other examples' numbers by more than C. Compute them in float32, without autocast")
 
 
 def num_examples(micro_batch: Any) -> int:

@@ -23,7 +23,7 @@ generator's output tells its state (see `randomness`).
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import check_batch_at_work, note_step
 from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler, check_state
-from memarc_utils.probe import LossProbe, num_examples
-from memarc_utils.randomness import check_generator
+from memarc_utils.probe import LossProbe, num_examples, refuse_sixteen_bits
+from memarc_utils.randomness import check_generator, seed_from_operating_system
 
 _PIECE = 2**20  # numbers of a direction that stand in memory at once
 NOISES = {"gaussian": 2, "laplace": 1}  # the norm that the K numbers of an example are clipped in
@@ -96,8 +96,7 @@ def laplace_noise_multiplier(*, target_epsilon: float, sample_rate: float, num_s
     high = 1 / (math.log1p(math.expm1(each) / sample_rate) if each < 500 else each - math.log(sample_rate))
     if delta == 0:
         return high
-    run = {"sample_rate": sample_rate, "num_steps": num_steps, "delta": delta}
-    low = high
+    low, run = high, {"sample_rate": sample_rate, "num_steps": num_steps, "delta": delta}
     while laplace_epsilon(noise_multiplier=low, **run) <= target_epsilon:
         high, low = low, low / 2
     while high / low > 1.001:
@@ -118,7 +117,7 @@ def make_zeroth_order(model: nn.Module, plan: PrivacyPlan, learning_rate: float,
         plan: owns C, the noise multiplier (σ, or b/C for Laplace), the divisor B and the number of steps. For Laplace
             its ``epsilon()`` and ``describe()`` do **not** hold, they speak of Gaussian noise: ask the optimizer.
         learning_rate: η; may be changed between steps through the attribute.
-        perturbation: λ, the length of the finite difference.
+        perturbation: λ, the length of the finite difference, at least 1e-4 (1e-8 in float64).
         num_directions: K. A step costs 2 K forward passes of the batch.
         noise: "gaussian" or "laplace".
         noise_generator: for reproducible checks only: who knows its seed can subtract the noise. None draws every
@@ -147,13 +146,13 @@ class ZerothOrderOptimizer:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         if noise == "laplace" and plan.sampling != "poisson":
             raise ValueError('Laplace noise is accounted for Poisson batches only: plan with sampling="poisson"')
-        _check_range("perturbation", perturbation, 1e-12, 1.0, "a small number such as 1e-3")
         if isinstance(num_directions, bool) or not isinstance(num_directions, int) or num_directions < 1:
             raise ValueError(f"num_directions must be a whole number >= 1, got {num_directions!r}")
         _check_model(model)
+        exact = all(p.dtype == torch.float64 for p in _trainable(model).values())  # what others change by rounding is divided by 2λ
+        _check_range("perturbation", perturbation, 1e-8 if exact else 1e-4, 1.0, "1e-3, far above the rounding of the losses")
         if direction_seed_generator is None:
-            direction_seed_generator = torch.Generator()
-            direction_seed_generator.seed()
+            direction_seed_generator = seed_from_operating_system(torch.Generator())
         _check_generators(noise_generator, direction_seed_generator)
         self.model, self._plan, self.noise = model, plan, noise
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
@@ -179,7 +178,7 @@ class ZerothOrderOptimizer:
             loss_per_example: ``(model, micro_batch) -> losses (B,)``, nothing in one example's loss from another.
 
         Raises:
-            ValueError: the plan's steps are spent, the losses are not one number for each example or mix examples, or a
+            ValueError: the plan's steps are spent, the losses are not one for each example, mix them or are computed in 16 bits, or a
                 forward pass wrote into the model. The parameters are back where they were, but for rounding.
         """
         if self.steps_taken >= self.plan.num_steps:
@@ -254,13 +253,13 @@ class ZerothOrderOptimizer:
         if shapes != saved:
             odd = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
             raise ValueError(f"the checkpoint's trainable parameters are others: {', '.join(odd[:5])}. Prepare the model the same way first")
+        self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]  # counted whatever fails below
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["parameters"][name])
         self.direction_seed_generator.set_state(state["directions"])
         if self.noise_generator is not None:
             self.noise_generator.set_state(state["noise_generator"])
-        self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]
         self.learning_rate = state["learning_rate"]
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])
@@ -317,7 +316,8 @@ class ZerothOrderOptimizer:
         watched = WatchedPasses(self.model, {p: name for name, p in _trainable(self.model).items()}, since="in a forward pass")
         if watch or look:
             watched.note()
-        found = [compute(micro_batch) for micro_batch in micro_batches]
+        with refuse_sixteen_bits() if look else nullcontext():
+            found = [compute(micro_batch) for micro_batch in micro_batches]
         watched.check()
         for micro_batch, losses in zip(micro_batches, found) if look else ():
             self._probe.run(micro_batch, losses, compute, device)

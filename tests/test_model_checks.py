@@ -202,20 +202,22 @@ def test_a_batch_that_is_kept_in_a_plain_attribute_is_found(where):
 
 
 class Caching(nn.Module):
-    """What may be kept: a table that appears, grows and is made anew; a number that the user anneals; an output with its graph; a
-    mask that is expanded; what is deleted after each step."""
+    """What may be kept: a table that appears, grows and is made anew; a number that the user anneals; a count of steps; a mask that is
+    expanded; what is deleted after each step."""
 
     def __init__(self):
         super().__init__()
         self.layer, self.table, self.heat, self.names = nn.Linear(3, 2), None, torch.ones(()), ["a", "b"]
+        self.calls = torch.zeros((), dtype=torch.long)
         self.weights = [self.layer.weight]  # no copy
         self.mask = torch.ones(1, 5).expand(1000, 5)
 
     def forward(self, x):
         self.table = torch.arange(max(len(x), 0 if self.table is None else len(self.table)), dtype=torch.float32)
-        self.out = self.layer(x / self.heat)
-        self.seen = self.out.detach()
-        return self.out + 0 * self.table[:len(x), None]
+        self.calls = self.calls + 1
+        out = self.layer(x / self.heat)
+        self.seen = out.detach()
+        return out + 0 * self.table[:len(x), None]
 
 
 def test_caches_schedules_and_outputs_are_let_be():

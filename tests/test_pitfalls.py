@@ -20,7 +20,7 @@ from scipy import optimize, stats
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from memarc_utils import batch_selection
+from memarc_utils import batch_selection, randomness
 from memarc_utils.accounting import PrivacyPlan, gaussian_delta
 from memarc_utils.backbones import tiny_backbone
 from memarc_utils.book_keeping import HeldGradient
@@ -307,8 +307,9 @@ def test_inverse_that_magnifies_rounding(monkeypatch):
 
 def test_a_seed_of_32_bits():
     assert torch.equal(torch.randn(9, generator=seeded(5)), torch.randn(9, generator=seeded(5 + 2**32)))
-    model, global_state = nn.Linear(2, 2), torch.get_rng_state()
+    model = nn.Linear(2, 2)
     private = make_private(model, torch.optim.SGD(model.parameters(), lr=1.0), PLAN)
+    global_state = torch.get_rng_state()
     private.step()
     assert private.noise_generator is None and torch.equal(torch.get_rng_state(), global_state)
 
@@ -529,3 +530,164 @@ def test_several_batches_in_one_step():
     batches = batch_selection.poisson_batches([{"x": row} for row in rows], plan, collate=lambda some: {"x": torch.stack([row["x"] for row in some])})
     message = refused(lambda: [private.backward(private.model(micro["x"])[:, 0]) for batch in batches for micro in batch])
     assert "one private.step() a batch" in message
+
+
+# ------------------------------------------------------------------------------------------ found by looking for new ways
+class Keeping(nn.Module):
+    """Subtracts what it kept of the batches before."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.out, self.how, self.kept = nn.Linear(3, 3), nn.Linear(3, 2), how, [] if how == "append" else None
+
+    def forward(self, x):
+        hidden, old = self.layer(x), self.kept
+        if self.how == "counts":
+            self.kept = (0 if old is None else old) + (x > 0).sum(0)
+        elif self.how == "append":
+            self.kept.append(hidden.detach().mean(0))
+        else:
+            self.kept = hidden if self.how == "graph" else hidden.detach()
+        if not isinstance(old, list) and old is not None:
+            hidden = hidden - (old.detach().float().mean(0) if old.dim() > 1 else old)
+        return self.out(hidden)
+
+
+@pytest.mark.parametrize("how, sizes", [("graph", (8, 8)), ("append", (8, 8)), ("shape", (8, 9)), ("shape", (8, 7)), ("counts", (8, 8))])
+def test_state_kept_with_its_graph(how, sizes):
+    model = Keeping(how)
+    private = private_sgd(model)
+
+    def steps():
+        for number, size in enumerate(sizes):
+            private.backward(model(torch.randn(size, 3, generator=seeded(number))).square().sum(1))
+            private.step()
+
+    assert "the attribute kept" in refused(steps)
+
+
+def test_dropout_from_a_known_seed():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.5))
+    made = {}
+    for name, noise, options in (("release", 1.0, {}), ("check", 1.0, {"noise_generator": seeded(1)}), ("without noise", 0.0, {})):
+        torch.manual_seed(0)
+        private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan_for_tests(noise_multiplier=noise), **options)
+        made[name] = torch.get_rng_state()
+        private.detach()
+    torch.manual_seed(0)
+    known = torch.get_rng_state()
+    assert not torch.equal(made["release"], known)
+    assert torch.equal(made["check"], known) and torch.equal(made["without noise"], known)
+
+
+def test_rounding_over_a_small_difference():
+    model, rows = nn.Linear(4, 1), torch.randn(6, 4, generator=seeded(0))
+    optimizer = make_zeroth_order(model, PLAN, 0.1)
+
+    def in_bfloat16(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)[:, 0].float().square()
+
+    before = model.weight.detach().clone()
+    assert "computed in 16 bits" in refused(lambda: optimizer.step([rows], in_bfloat16))
+    assert optimizer.steps_taken == 0 and torch.allclose(model.weight, before, atol=1e-6)
+    optimizer.step([rows], lambda model, x: model(x)[:, 0].square())
+    assert "perturbation=1e-05 is out of range" in refused(lambda: make_zeroth_order(model, PLAN, 0.1, perturbation=1e-5))
+    make_zeroth_order(model.double(), PLAN, 0.1, perturbation=1e-7)
+    assert "perturbation=1e-09" in refused(lambda: make_zeroth_order(model, PLAN, 0.1, perturbation=1e-9))
+
+
+@pytest.mark.parametrize("kind", ["first order", "zeroth order"])
+def test_a_new_shuffle(kind):
+    plan = PrivacyPlan(dataset_size=20, expected_batch_size=4, num_steps=5, noise_multiplier=3.0, max_grad_norm=1.0, delta=1e-3,
+                       sampling="shuffled")
+    model, rows = nn.Linear(2, 1), [{"x": [1.0, 0.0]}] * 20
+    private = (make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan) if kind == "first order" else
+               make_zeroth_order(model, plan, 0.1))
+
+    def one_step():
+        for batch in batch_selection.shuffled_batches(rows, plan, collate=lambda some: {"x": torch.tensor([row["x"] for row in some])}):
+            if kind == "first order":
+                for micro_batch in batch:
+                    private.backward(model(micro_batch["x"])[:, 0])
+                private.step()
+            else:
+                private.step(batch, lambda model, micro_batch: model(micro_batch["x"])[:, 0])
+            break
+
+    one_step()
+    assert "a new shuffle begins a new epoch" in refused(one_step) and private.steps_taken == 1
+
+
+def test_spent_steps_forgotten():
+    def new(groups):
+        model = nn.Linear(3, 2)
+        parts = [{"params": [model.weight]}, {"params": [model.bias]}] if groups == 2 else model.parameters()
+        return make_private(model, torch.optim.Adam(parts, lr=0.1), PLAN)
+
+    first = new(2)
+    for _ in range(7):
+        first.step()
+    resumed = new(1)
+    assert "parameter groups" in refused(lambda: resumed.load_state_dict(first.state_dict()))
+    assert torch.equal(resumed.model.weight, first.model.weight) and resumed.steps_taken == 7 and resumed.epsilon() == first.epsilon()
+
+
+def test_squares_below_the_range():
+    layer = nn.Linear(50, 30, bias=False)
+    private = private_sgd(layer, plan_for_tests(max_grad_norm=0.1))
+    x = torch.full((2, 64, 50), 3e18)
+    x[1] = 0.1
+    private.backward((layer(x) * 2e-23).sum((1, 2)))
+    true = 2e-23 * 3e18 * 64 * math.sqrt(30 * 50)
+    assert private.gradient_norms[0] == pytest.approx(true, rel=1e-3) and true > 0.1
+    assert float(private.clipped_sum()["weight"].norm()) == pytest.approx(0.1, rel=1e-3)
+    assert "max_grad_norm must be 1e-12 or more" in refused(lambda: private_sgd(nn.Linear(2, 2), plan_for_tests(max_grad_norm=1e-13)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_edge_of_the_noise(dtype, monkeypatch):
+    monkeypatch.setattr(randomness.ssl, "RAND_bytes", lambda size: bytes(size))
+    assert float(randomness.cryptographic_normals(2, dtype).max()) == pytest.approx(math.sqrt(130 * math.log(2)), rel=1e-6)
+    monkeypatch.setattr(randomness.ssl, "RAND_bytes", lambda size: b"\xff" * size)
+    assert bool(randomness.cryptographic_normals(2, dtype).isfinite().all())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_one_scale_for_a_batch():
+    body = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 8)), {nn.Linear}, dtype=torch.qint8)
+    message = refused(lambda: private_sgd(nn.Sequential(body, nn.Linear(8, 2))))
+    assert "0.0 is a dynamically quantized Linear" in message
+
+
+def test_heads_without_their_model():
+    heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+    private, x = private_sgd(heads), torch.randn(5, 4, generator=seeded(0))
+    losses = [head(x).square().sum(1) for head in heads]
+    private.backward(losses[0])
+    assert "private.backward came again without a model call before it" in refused(lambda: private.backward(losses[1]))
+    private.zero_grad()
+    private.backward(sum(head(x).square().sum(1) for head in heads))
+    assert private.gradient_norms.shape == (5,)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_masked_score_hides_a_layer(masked):
+    class Scores(nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.scale, self.mean = nn.Parameter(torch.ones(5)), mean
+
+        def forward(self, x):
+            scores = (x - (x.mean(0).detach() if self.mean else 0)) * self.scale
+            return torch.cat([scores[:, :4], torch.full_like(scores[:, 4:], torch.finfo(x.dtype).min if masked else 0)], 1)
+
+    x = torch.randn(6, 5, generator=seeded(2))
+    for mean in (True, False):
+        model = nn.Sequential(Scores(mean), nn.Softmax(-1), nn.Linear(5, 2))
+        private = private_sgd(model)
+        if mean:
+            assert "gives an example another output alone" in refused(lambda: private.backward(model(x).square().sum(1)))
+        else:
+            private.backward(model(x).square().sum(1))
