@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import pad_rows, poisson_batches
 from memarc_utils.dp_sgd import PrivateOptimizer, make_private
+from memarc_utils.probe import LossProbe
 
 
 _LOGITS_AT_ONCE = 2**24  # numbers
@@ -103,11 +104,25 @@ def parameter_groups(model: nn.Module, learning_rate: float, start_at_zero_rate:
 
 
 def _pad_token(model: nn.Module) -> int:
-    return getattr(model.config, "pad_token_id", None) or 0
+    return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: t.to(device) for name, t in batch.items()}
+
+
+def _look_at_losses(probe: LossProbe, model: nn.Module, loss_per_example: Callable, micro_batch: dict[str, Tensor]) -> None:
+    """Half of the rows alone against all of them, in evaluation mode: sees what meets in a loss behind a ``detach``, or below the lowest
+    layer that trains, where no gradient shows it."""
+    def compute(some: dict[str, Tensor]) -> Tensor:
+        return loss_per_example(model, some).double().cpu()
+
+    model.eval()
+    try:
+        with torch.no_grad():
+            probe.run(micro_batch, compute(micro_batch), compute, next(model.parameters()).device)
+    finally:
+        model.train()
 
 
 def train_privately(model: nn.Module, dataset, plan: PrivacyPlan, optimizer: torch.optim.Optimizer,
@@ -120,6 +135,10 @@ def train_privately(model: nn.Module, dataset, plan: PrivacyPlan, optimizer: tor
 
     Returns:
         The `PrivateOptimizer`, detached from the model, which is trained in place.
+
+    Raises:
+        ValueError: what `make_private` and the engine refuse; or, now and then, half of a micro-batch's rows have other losses alone than
+            among all (`LossProbe`).
     """
     device = next(model.parameters()).device
     private = make_private(model, optimizer, plan, clipping=clipping, noise_generator=noise_generator)
@@ -127,12 +146,17 @@ def train_privately(model: nn.Module, dataset, plan: PrivacyPlan, optimizer: tor
     batches = poisson_batches(dataset, plan, physical_batch_size, pad_token_id=_pad_token(model),
                               generator=sampling_generator)
     model.train()
+    probe = LossProbe()
     try:
         for batch in progress(batches, description, plan.num_steps):
             for micro_batch in batch:
-                private.backward(loss_per_example(model, to_device(micro_batch, device)))
+                micro_batch = to_device(micro_batch, device)
+                if probe.schedule.due:
+                    _look_at_losses(probe, model, loss_per_example, micro_batch)
+                private.backward(loss_per_example(model, micro_batch))
             private.step()
             schedule.step()
+            probe.schedule.next_step()
     finally:
         private.detach()
         model.eval()

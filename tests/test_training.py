@@ -240,3 +240,16 @@ def test_progress_is_silent_where_nobody_looks(monkeypatch, capsys):
     monkeypatch.delenv("MEMARC_HEADLESS")
     assert list(progress(range(3), "steps")) == [0, 1, 2]
     assert "steps" in capsys.readouterr().err
+
+
+def test_losses_that_meet_behind_a_detach_are_refused():
+    """Weights by the share of all losses: no gradient shows that it is the batch's. Half of the rows have other losses alone."""
+    def by_hardness(model, batch):
+        each = classification_losses(model, batch)
+        return each * (each.detach() / each.detach().sum())
+
+    model = shake(tiny())
+    weights = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="the losses mix examples"):
+        train_privately(model, separable(), plan_of(), torch.optim.SGD(model.parameters(), lr=0.1), by_hardness)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), weights))
