@@ -7,7 +7,6 @@ resident is what is held.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -36,12 +35,10 @@ from memarc_utils.training import classification_losses, progress
 from memarc_utils.zeroth_order import make_zeroth_order
 
 # Blocks of 16 KiB and more are mapped one by one: among smaller ones that stand, freed ones of 64 KiB would stay resident.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0",
-             "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
 ENGINES = ("non-private", "book-keeping", "opacus hooks", "opacus ghost")  # that train by gradients
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _SAMPLING_INTERVAL = 0.002  # seconds
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 _WARM_UP_STEPS = 2  # the engine looks for examples that meet in the first step, or two where a layer starts at zero
 
 
@@ -175,7 +172,6 @@ def measure_here(case: StepCase) -> dict[str, float]:
         with _PeakResident() as memory:
             step()
         peaks.append(memory.peak)
-    _map_larger_blocks_only()
     seconds = []
     for _ in range(case.repeats):
         started = time.perf_counter()
@@ -183,12 +179,6 @@ def measure_here(case: StepCase) -> dict[str, float]:
         seconds.append(time.perf_counter() - started)
     return {"seconds": statistics.median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds),
             "peak_mb": (max(peaks) - loaded) / 1e6, "model_mb": (loaded - before) / 1e6}
-
-
-def _map_larger_blocks_only() -> None:
-    """From here on time counts: mapping a block of 16 KiB costs a small step more than its arithmetic, and no usual process does it."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 65536)
 
 
 def _warm_up() -> None:

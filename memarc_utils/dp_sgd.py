@@ -25,7 +25,7 @@ __all__ = ["PrivateOptimizer", "SensitivityReport", "make_private", "verify_sens
 
 NOISES = ("gaussian", "secure")
 _SECURE_DRAWS = 4
-_NOISE_SLICE = 2**20
+NOISE_SLICE = 2**20  # numbers that are drawn at a time
 
 
 def make_private(model: nn.Module, optimizer: torch.optim.Optimizer, plan: PrivacyPlan, clipping: str = "flat",
@@ -198,8 +198,8 @@ class PrivateOptimizer:
                     buffer = torch.empty(part.shape, dtype=part.dtype, device=generator.device)
                     part += buffer.normal_(0, deviation / draws ** 0.5, generator=generator).to(part.device)
 
-        parts = [part for total in totals for part in total.view(-1).split(_NOISE_SLICE)]
-        alone = _NOISE_SLICE // 4 if given is None or given.device.type == "cpu" else _NOISE_SLICE
+        parts = [part for total in totals for part in total.view(-1).split(NOISE_SLICE)]
+        alone = NOISE_SLICE // 4 if given is None or given.device.type == "cpu" else NOISE_SLICE
         for part in parts:
             if len(part) <= alone:
                 add(part, given)

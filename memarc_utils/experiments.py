@@ -35,8 +35,8 @@ _SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_
                 "layer_rules", "randomness", "training")
 _MODEL = "default-encoder"
 _LAST_METRIC = "test_accuracy"  # of a cell's rows
-# What another order of sums may move an accuracy by, where sums round to bfloat16's 8 bits: one or two examples of some thousand. A
-# method that has changed moves it by more, in one of the two accuracies at least; seeds differ by 0.5 to 1.5 points.
+# What another order of sums may move an accuracy by, where sums round to bfloat16's 8 bits: one or two examples of some thousand were
+# seen, and this is a few more. Seeds differ by 0.2 to 1.5 points: a change that moves less than half a point is not told from rounding.
 _ROUNDING = 0.005
 
 

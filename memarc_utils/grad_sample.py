@@ -100,7 +100,7 @@ class _RecordingForward:
                              "apart: give it inputs whose first axis is the batch")
         if any(p not in self.sampler.names for p in parameters):  # swapped by functional_call, or a new Parameter
             raise ValueError(f"a parameter of {type(module).__name__} was replaced since make_private: call private.detach(), change the "
-                             "model, then call make_private again, for a composition of both runs")
+                             "model, then call make_private again; what is spent is then the composition of both runs")
         return _RecordedLayer.apply(self.sampler, module, rule, batch, folded, len(inputs), *inputs, *parameters)
 
     def __deepcopy__(self, memo):

@@ -177,7 +177,7 @@ class WatchedPasses:
     is no excuse: no later step goes back through it, but one can read its numbers.
 
     Of more than `_MOST_READ` parameters the numbers of so many are compared, drawn anew each step, and the versions of all; of the
-    attributes as many. An attribute that appears or goes, or that has another shape and the same numbers where both have any, is a cache
+    attributes as many. An attribute that appears or goes, or that has another shape or type and the same numbers where both have any, is a cache
     (rotary tables, masks) and no alarm; an entry more in a list that was there is one. Numbers of Python's own, single whole numbers
     (counts of steps), and tensors that an object of another class or a closure holds, are out of reach.
 
@@ -236,7 +236,8 @@ class WatchedPasses:
                                  "batch is private data without noise. Remove the write (first-call initialisations too); weights of your own "
                                  "load between a step and the next forward pass, or before private.zero_grad()")
         written = [name for name in self._attributes if name in attributes and not same.get(id(attributes[name]), True)]
-        written += [name for name, old in self._before.items() if name in attributes and not _same_corner(old, attributes[name])]
+        written += [name for name, old in self._before.items() if name in attributes and (release or old.device.type == "cpu")
+                    and not _same_corner(old, attributes[name])]
         written += [name for name in attributes if name not in self._before and name.rpartition("[")[0] in self._lists]
         if written:
             raise ValueError(f"the attribute {written[0]} was written {self._since}: what it keeps of one batch would steer the next step "
@@ -248,13 +249,15 @@ def _some(those: list) -> list:
 
 
 def _same_corner(old: Tensor, new: Tensor) -> bool:
-    """Of two shapes: are the numbers equal at the places that both have? (One shape is compared by fingerprints.)"""
-    if old.shape == new.shape:
+    """Of two shapes or types: are the numbers equal at the places that both have, as the one type or the other has them? (What has kept
+    both is compared by fingerprints.)"""
+    if (old.shape, old.dtype) == (new.shape, new.dtype):
         return True
-    if old.dim() != new.dim() or old.dtype != new.dtype or old.device != new.device:
+    if old.dim() != new.dim() or old.device != new.device:
         return False
     corner = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape))
-    return torch.equal(old[corner], new.detach()[corner])
+    old, new = old[corner], new.detach()[corner]
+    return torch.equal(old.to(new.dtype), new) or torch.equal(old, new.to(old.dtype))
 
 
 def _tensor_attributes(model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.clipping import check_clipping
-from memarc_utils.dp_sgd import PrivateOptimizer, make_private
+from memarc_utils.dp_sgd import NOISE_SLICE, PrivateOptimizer, make_private
 from memarc_utils.feature_cache import side_of
 from memarc_utils.methods import METHODS, SHAPES
 from memarc_utils.training import causal_lm_losses, classification_losses
@@ -35,7 +35,7 @@ from memarc_utils.training import causal_lm_losses, classification_losses
 PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
 _OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 _GIB = 2**30
-_DRAW, _SLICE = 12, 2**20  # of noise: bytes a value while it is drawn, and values at a time (one thread's)
+_DRAW = 12  # bytes a value of noise while it is drawn, by one thread (`randomness.cryptographic_normals`)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping=
             step.run(second)
             found = second.found
     peak, sizes = first.peak, [p.numel() for p in step.trainable]
-    noise = _DRAW * min(max(sizes), _SLICE) if step.private else 0
+    noise = _DRAW * min(max(sizes), NOISE_SLICE) if step.private else 0
     if noise and 4 * sum(sizes) + noise > peak:  # a step of few activations holds most when noise is added to its sums
         peak, found = 4 * sum(sizes) + noise, {"gradients": 4 * sum(sizes) * parts, "engine": 0, "activations": 0}
     return MemoryPlan(sum(standing.values()), sum(state.values()), **found, working=peak - sum(found.values()), trainable=sum(sizes))

@@ -547,6 +547,8 @@ class Keeping(nn.Module):
             self.kept = (0 if old is None else old) + (x > 0).sum(0)
         elif self.how == "append":
             self.kept.append(hidden.detach().mean(0))
+        elif self.how == "type":
+            self.kept = hidden.detach().to(torch.float64 if old is None or old.dtype == torch.float32 else torch.float32)
         else:
             self.kept = hidden if self.how == "graph" else hidden.detach()
         if not isinstance(old, list) and old is not None:
@@ -554,7 +556,7 @@ class Keeping(nn.Module):
         return self.out(hidden)
 
 
-@pytest.mark.parametrize("how, sizes", [("graph", (8, 8)), ("append", (8, 8)), ("shape", (8, 9)), ("shape", (8, 7)), ("counts", (8, 8))])
+@pytest.mark.parametrize("how, sizes", [("graph", (8, 8)), ("append", (8, 8)), ("shape", (8, 9)), ("shape", (8, 7)), ("counts", (8, 8)), ("type", (8, 8))])
 def test_state_kept_with_its_graph(how, sizes):
     model = Keeping(how)
     private = private_sgd(model)
