@@ -11,6 +11,7 @@ the machine. The cache itself is private data and belongs where the data set is.
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 
 from memarc_utils.backbones import REPOSITORY
 from memarc_utils.batch_selection import pad_rows
-from memarc_utils.side_network import SideNetwork
+from memarc_utils.side_network import FROZEN_DOWNSAMPLES, SideNetwork
 
 _FORMAT = 2
 _ROWS_PER_SHARD = 4096
+_OF_THE_FILE = ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id",
+                "problem_type", "use_cache")  # of a configuration: change no feature
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")  # what a row's features depend on
 
 
@@ -63,8 +66,13 @@ class CachedFeatures:
         self._starts, self._sums = np.load(folder / "starts.npy"), np.load(folder / "sums.npy")
         self._shards: list[tuple[np.ndarray, np.ndarray]] = []
         for number in range(described["shards"]):
-            taps = np.memmap(folder / f"taps_{number:04}.bin", np.int16, "r").reshape(-1, described["taps"] * described["width"])
-            final = np.memmap(folder / f"final_{number:04}.bin", np.float32, "r").reshape(-1, described["final"])
+            taps = _mapped(folder / f"taps_{number:04}.bin", np.int16, described["taps"] * described["width"])
+            final = _mapped(folder / f"final_{number:04}.bin", np.float32, described["final"])
+            first = number * _ROWS_PER_SHARD
+            tokens = self._starts[min(first + _ROWS_PER_SHARD, len(dataset))] - self._starts[first]
+            if not len(taps) == len(final) == tokens:
+                raise ValueError(f"shard {number} in {folder} should hold the features of {tokens} tokens and holds {len(taps)} and "
+                                 f"{len(final)}: delete that folder and call cache_features again")
             self._shards.append((taps, final))
 
     def __len__(self) -> int:
@@ -84,12 +92,19 @@ class CachedFeatures:
         return {**row, "inputs_embeds": torch.cat([final.view(torch.bfloat16), taps.view(torch.bfloat16)], 1)}
 
 
+def _mapped(path: Path, dtype: type, columns: int) -> np.ndarray:
+    """(rows, columns) of a file; rows that are whole."""
+    count = path.stat().st_size // (np.dtype(dtype).itemsize * columns) if path.is_file() else 0
+    return np.memmap(path, dtype, "r", shape=(count, columns)) if count else np.empty((0, columns), dtype)
+
+
 def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str | Path | None = None,
                    progress: Callable | None = None) -> CachedFeatures:
     """Computes what is missing of the cache, and opens it.
 
-    Files are named by what they depend on: the rows' tokens, the backbone's weights, the taps and the frozen downsample. A cache
-    of anything else is never read. A shard is written to another name first, so an interrupted run goes on where it stopped.
+    Files are named by what they depend on: the rows' tokens, the backbone's weights and configuration, autocast, the taps and the
+    downsample. A cache of anything else is never read. A shard is written to another name first, so an interrupted run goes on where
+    it stopped.
 
     Args:
         model: prepared by `attach_side_network`.
@@ -99,7 +114,7 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
         progress: wraps the iteration over shards, for instance ``training.progress``.
 
     Raises:
-        ValueError: no side network, no rows, or not enough room on the disk.
+        ValueError: no side network, no rows, not enough room on the disk, or a file of another size than when it was written.
     """
     side = side_of(model)
     if len(dataset) == 0:
@@ -111,9 +126,10 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     place = parent / _key(side, dataset)
     if not (place / "complete.json").is_file():
         place.mkdir(parents=True, exist_ok=True)
-        needed, free = cache_bytes(model, sum(lengths)), shutil.disk_usage(place).free
+        there = sum(path.stat().st_size for path in place.glob("[tf]*_*.bin"))
+        needed, free = cache_bytes(model, sum(lengths)) - there, shutil.disk_usage(place).free
         if needed > free:
-            raise ValueError(f"the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: a frozen downsample (pooled, "
+            raise ValueError(f"the features take {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free: a frozen downsample (pooled, "
                              "orthogonal) is kept at side width, and layers=2 keeps half; or give another folder")
         shards = range(0, len(dataset), _ROWS_PER_SHARD)
         for number, start in enumerate(progress(shards, "features", len(shards)) if progress else shards):
@@ -147,14 +163,19 @@ def _put(path: Path, content: bytes) -> None:
     """The file is whole or it is not there, also when two processes write it at once."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that stops may leave the name without the content
     Path(file.name).replace(path)
 
 
 def _key(side: SideNetwork, dataset) -> str:
     """sha256 over everything that the features depend on."""
-    digest = hashlib.sha256(f"{_FORMAT} {_ROWS_PER_SHARD} {side.taps} {side.tapped_width} {side.width}".encode())
-    if side.tapped_width != side.width:
-        digest.update(f"{side.side_config.downsample}".encode())
+    kept = side.side_config.downsample if side.side_config.downsample in FROZEN_DOWNSAMPLES else "whole"
+    device = next(side.backbone.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    digest = hashlib.sha256(f"{_FORMAT} {_ROWS_PER_SHARD} {side.taps} {kept} {side.tapped_width} {side.width} {autocast}".encode())
+    settings = {name: value for name, value in side.config.to_dict().items() if name not in _OF_THE_FILE}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())  # heads or activation show in no weight
     for name, tensor in sorted(side.backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim()

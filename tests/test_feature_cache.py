@@ -124,6 +124,40 @@ def test_another_backbone_or_config_or_data_set_has_another_cache(change, tmp_pa
     assert cache_features(model, Rows(count=10), folder=tmp_path).folder != first
 
 
+def test_what_shows_in_no_weight_has_another_cache(tmp_path):
+    """A whole orthogonal projection keeps width and weights; so do the number of heads, the activation and autocast."""
+    rows, model = Rows(), model_of(reduction=1)
+    folders = {cache_features(model, rows, folder=tmp_path).folder, cache_features(model_of(reduction=1, downsample="orthogonal"), rows,
+                                                                                  folder=tmp_path).folder}
+    for change in ({"num_attention_heads": 1}, {"hidden_act": "relu"}):
+        other = model_of(reduction=1)
+        for name, value in change.items():
+            setattr(side_of(other).config, name, value)
+        folders.add(cache_features(other, rows, folder=tmp_path).folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        folders.add(cache_features(model, rows, folder=tmp_path).folder)
+    assert len(folders) == 5
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    model, rows = model_of(), Rows()
+    file = cache_features(model, rows, folder=tmp_path).folder / "final_0000.bin"
+    file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises(ValueError, match="should hold the features of .* delete that folder and call cache_features again"):
+        cache_features(model, rows, folder=tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match="and holds .* and 0: delete"):
+        cache_features(model, rows, folder=tmp_path)
+
+
+def test_what_is_written_needs_no_second_room(tmp_path, monkeypatch):
+    model, rows = model_of(), Rows()
+    place = cache_features(model, rows, folder=tmp_path).folder
+    (place / "complete.json").unlink()  # as if the run had been stopped at the end
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    cache_features(model, rows, folder=tmp_path)
+
+
 def test_an_interrupted_cache_goes_on_and_a_half_written_one_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "_ROWS_PER_SHARD", 4)
     model, rows = model_of(), Rows()
@@ -173,5 +207,5 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the data set is empty"):
         cache_features(model_of(), [], folder=tmp_path)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match="GB are free: a frozen downsample .* is kept at side width"):
+    with pytest.raises(ValueError, match="GB more and .* GB are free: a frozen downsample .* is kept at side width"):
         cache_features(model_of(), Rows(), folder=tmp_path)
