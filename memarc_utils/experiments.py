@@ -23,16 +23,18 @@ from torch import Tensor, nn
 
 from memarc_utils import adapters, feature_cache, training
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.backbones import load_backbone, load_tokenizer
+from memarc_utils.backbones import block_view, load_backbone, load_tokenizer
 from memarc_utils.clipping import check_clipping
 from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from memarc_utils.summary import RESULTS, canonical_code
+from memarc_utils.summary import DEFAULT_MODEL, RESULTS, canonical_code
 
-_SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "book_keeping", "clipping", "data", "dp_sgd", "grad_sample",
-                "layer_rules", "randomness", "training")
+# What a number rests on. Modules that only refuse (model_checks, sensitivity, preparation) or only describe are not among them.
+_SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "block_halves", "book_keeping", "clipping", "data", "dp_sgd",
+                "function_rules", "grad_sample", "layer_rules", "methods", "padding", "probe", "randomness", "training")
+_RUNS_A_CELL = ("run_cell", "_data", "_some", "_probe_on_features")  # and these, of this module
 _MODEL = "default-encoder"
 _LAST_METRIC = "test_accuracy"  # of a cell's rows
 # What another order of sums may move an accuracy by, where sums round to bfloat16's 8 bits: one or two examples of some thousand were
@@ -41,13 +43,13 @@ _ROUNDING = 0.005
 
 
 def _side(**settings) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: attach_side_network(model, SideNetworkConfig(reduction=8, layers=2, **settings))
+    return functools.partial(attach_side_network, config=SideNetworkConfig(**{"reduction": 8, "layers": 2, **settings}))
 
 
 def _probe_on_features(model: nn.Module) -> nn.Module:
-    """The linear probe as a side network that never moves, so that it reads from the same kind of cache. ``layers=6`` taps the encoder's
-    last block alone."""
-    model = attach_side_network(model, SideNetworkConfig(reduction=8, layers=6, downsample="pooled", gate="none"))
+    """The linear probe as a side network that never moves, so that it reads from the same kind of cache: of the last block alone."""
+    depth = len(block_view(model).blocks)
+    model = attach_side_network(model, SideNetworkConfig(reduction=8, layers=depth, downsample="pooled", gate="none"))
     feature_cache.side_of(model).requires_grad_(False)
     return model
 
@@ -118,6 +120,7 @@ class Cell:
         without_noise: the steps and the clipping of a private run with σ = 0: no privacy (ε = ∞), to see what noise alone costs.
         autocast: computes in bfloat16 where autocast does, about 1.5 times faster on the CPUs that have it; for methods that run
             the backbone.
+        model: what is fine-tuned, as `backbones.load_backbone` takes it. Rates were searched on the default.
     """
 
     experiment: str
@@ -137,6 +140,7 @@ class Cell:
     num_test: int | None = None
     without_noise: bool = False
     autocast: bool = False
+    model: str = _MODEL
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -165,7 +169,7 @@ class Cell:
     def preparation(self) -> Callable[[nn.Module], nn.Module]:
         if self.side is None:
             return METHODS[self.method].prepare
-        return lambda model: attach_side_network(model, SideNetworkConfig(**self.side))
+        return functools.partial(attach_side_network, config=SideNetworkConfig(**self.side))
 
     def settings(self) -> dict:
         """What tells this cell from others of its table, as it stands in the row."""
@@ -174,33 +178,40 @@ class Cell:
         budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
         rates = self.rates or (method.private_rates if private else method.rates)
         chosen = {"without_noise": self.without_noise or None, "side": self.side, "num_train": self.num_train, "num_test": self.num_test,
-                  "autocast": self.autocast or None}
+                  "autocast": self.autocast or None, "model": self.model if self.model != _MODEL else None}
         return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
-                "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(method),
+                "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(self.method),
                 **{name: value for name, value in chosen.items() if value is not None}}
 
 
 @functools.lru_cache(None)
-def _syntax(module: str) -> str:
+def _syntax(module: str, only: tuple[str, ...] = ()) -> str:
+    """Of a module, or of some of its functions; without docstrings, comments and layout."""
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             body[0].value.value = ""
-    return ast.dump(tree)
+    return "".join(ast.dump(node) for node in tree.body if not only or getattr(node, "name", None) in only)
 
 
-def code_of(method: Method) -> str:
-    """Hash of the code that a method's result rests on; docstrings, comments and layout do not count."""
-    digest = hashlib.sha256()
-    for module in (*_SHARED_CODE, *method.code):
+def hash_of_code(modules: tuple[str, ...], more: str = "") -> str:
+    """Of what the shared modules, some more of them and a text say; docstrings, comments and layout do not count."""
+    digest = hashlib.sha256(more.encode())
+    for module in (*_SHARED_CODE, *modules):
         digest.update(_syntax(module).encode())
     return digest.hexdigest()[:12]
 
 
+def code_of(method: str) -> str:
+    """Hash of the code that a method's result rests on, and of the side network that it attaches."""
+    attached = getattr(METHODS[method].prepare, "keywords", None)
+    return hash_of_code(METHODS[method].code, _syntax("experiments", _RUNS_A_CELL) + repr(attached))
+
+
 @functools.lru_cache(2)
-def _data(name: str, max_tokens: int) -> dict:
-    tokenizer = load_tokenizer(_MODEL)
+def _data(name: str, max_tokens: int, model: str = _MODEL) -> dict:
+    tokenizer = load_tokenizer(model)
     return {split: tokenize_dataset(load_text_dataset(name, split), tokenizer, max_tokens).to_list()
             for split in ("train", "validation", "test")}
 
@@ -208,12 +219,12 @@ def _data(name: str, max_tokens: int) -> dict:
 def run_cell(cell: Cell) -> dict[str, float | int]:
     """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``share`` (of the parameters that train),
     ``num_train``, and of a private run ``epsilon``, ``sigma``, ``delta`` and ``sample_rate``."""
-    method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens)
+    method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens, cell.model)
     labels = len({row["labels"] for row in rows["train"]})
     rows = {split: _some(some, cell.num_train if split == "train" else cell.num_test) for split, some in rows.items()}
     torch.manual_seed(cell.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = cell.preparation()(load_backbone(_MODEL, num_labels=labels)).to(device)
+    model = cell.preparation()(load_backbone(cell.model, num_labels=labels)).to(device)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=cell.autocast)
 
     def losses(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " batch"]:
@@ -243,7 +254,7 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
 
 def majority_share(cell: Cell) -> float:
     """Share of the largest class among the cell's test examples: what a model reaches that has learned nothing."""
-    labels = [row["labels"] for row in _some(_data(cell.dataset, cell.max_tokens)["test"], cell.num_test)]
+    labels = [row["labels"] for row in _some(_data(cell.dataset, cell.max_tokens, cell.model)["test"], cell.num_test)]
     return max(map(labels.count, set(labels))) / len(labels)
 
 
@@ -251,6 +262,11 @@ def _some(rows: list[dict], count: int | None) -> list[dict]:
     if count is not None and count > len(rows):
         raise ValueError(f"{count} examples were asked for, the split has {len(rows)}: take at most so many, or None for all")
     return rows if count is None else random.Random(0).sample(rows, count)
+
+
+def name_of(model: str) -> str:
+    """Of a backbone in the tables: the default's own."""
+    return DEFAULT_MODEL if model == _MODEL else model
 
 
 def table_of(experiment: str) -> Path:
@@ -344,8 +360,8 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
         found, ran = run_cell(cell), ran + 1
         private = math.isfinite(cell.epsilon)
         for split in ("validation", "test"):  # in this order: `finished` looks for the last one
-            append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model="all-MiniLM-L6-v2",
-                          dataset=cell.dataset, num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
+            append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model=name_of(cell.model), dataset=cell.dataset,
+                          num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
                           delta=found.get("delta"), accountant="pld" if private else None, noise_multiplier=found.get("sigma"),
                           sample_rate=found.get("sample_rate"), num_steps=cell.num_steps if private else None,
                           max_grad_norm=cell.max_grad_norm if private else None, seed=cell.seed, metric=f"{split}_accuracy",

@@ -9,7 +9,8 @@ import pandas as pd
 from memarc_utils.plotting import label
 
 # Pairs of data and backbone where the backbone's public training saw the data: no private data for it (its model card).
-CONTAMINATED = {"mnli": "all-MiniLM-L6-v2", "qnli": "all-MiniLM-L6-v2", "qqp": "all-MiniLM-L6-v2"}
+DEFAULT_MODEL = "all-MiniLM-L6-v2"  # what the default encoder is
+CONTAMINATED = {"mnli": DEFAULT_MODEL, "qnli": DEFAULT_MODEL, "qqp": DEFAULT_MODEL}
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
 EPSILONS = (1.0, 3.0, 8.0, math.inf)
 # Rows of the README's table: name there, method in the accuracy grid, method and settings in the step costs.
@@ -58,8 +59,8 @@ def results_of(experiment: str) -> pd.DataFrame:
     return table.assign(settings=settings)
 
 
-def accuracies(experiment: str = "31_classification") -> pd.DataFrame:
-    """Test accuracy of each method on each data set at each target ε (``inf``: without privacy) over its seeds.
+def accuracies(experiment: str = "31_classification", model: str = DEFAULT_MODEL) -> pd.DataFrame:
+    """Test accuracy of a model by each method on each data set at each target ε (``inf``: without privacy) over its seeds.
 
     Where a method was run with several settings, those with the best mean *validation* accuracy count.
 
@@ -67,6 +68,7 @@ def accuracies(experiment: str = "31_classification") -> pd.DataFrame:
         Columns dataset, method, epsilon, mean, sd (NaN for one seed), n, share (of the parameters that train).
     """
     table = results_of(experiment)
+    table = table[table["model"] == model].copy()
     table["target"] = [s.get("target_epsilon") or math.inf for s in table["settings"]]
     table["setting"] = [f"{json.dumps(s, sort_keys=True)} C={bound}" for s, bound in zip(table["settings"], table["max_grad_norm"])]
     keys = ["dataset", "method", "target", "setting"]

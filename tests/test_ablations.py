@@ -5,7 +5,7 @@ import math
 import pytest
 
 from memarc_utils import ablations, experiments
-from memarc_utils.experiments import Cell, code_of, METHODS
+from memarc_utils.experiments import Cell, code_of
 from memarc_utils.recording import append_result
 
 
@@ -69,7 +69,7 @@ def test_a_cell_that_was_cut_off_runs_again(runs):
 
 def test_rows_of_other_code_are_marked(runs):
     recorded(cell(), 0.75, settings={**cell().settings(), "code": "000000000000"})
-    assert code_of(METHODS["side-cached"]) != "000000000000"
+    assert code_of("side-cached") != "000000000000"
     assert ablations.measured([cell()])[["recorded", "same_code"]].values.tolist() == [[True, False]]
 
 

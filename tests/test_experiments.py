@@ -1,9 +1,11 @@
 """`experiments`: a grid goes on where it stopped, keeps rows of other code apart, and can be shared among machines."""
 
 import csv
+import dataclasses
 import functools
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +17,7 @@ from memarc_utils.grids import GRIDS, main
 
 
 @functools.lru_cache(1)
-def sixty_rows(name, max_tokens):
+def sixty_rows(name, max_tokens, model="default-encoder"):
     tokenizer = experiments.load_tokenizer("default-encoder")
     return {split: tokenize_dataset(load_text_dataset(name, split).select(range(60)), tokenizer, max_tokens).to_list()
             for split in ("train", "validation", "test")}
@@ -82,7 +84,7 @@ def test_a_cell_stopped_between_its_rows_runs_again(few_rows):
 def test_rows_of_other_code_are_not_added_to(few_rows):
     run_grid([cell()])
     path = few_rows / "grid.csv"
-    path.write_text(path.read_text(encoding="utf-8").replace(code_of(METHODS["linear-probe"]), "0123456789ab"), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace(code_of("linear-probe"), "0123456789ab"), encoding="utf-8")
     with pytest.raises(ValueError, match="rows of linear-probe on film_reviews that other code made .0123456789ab, now"):
         run_grid([cell(seed=1)])
     assert len(rows_of(few_rows)) == 2
@@ -91,7 +93,7 @@ def test_rows_of_other_code_are_not_added_to(few_rows):
 def test_a_recorded_cell_that_comes_out_equal_makes_its_code_count(few_rows, monkeypatch):
     monkeypatch.setattr(summary, "RESULTS", few_rows)
     run_grid([cell()])
-    path, today = few_rows / "grid.csv", code_of(METHODS["linear-probe"])
+    path, today = few_rows / "grid.csv", code_of("linear-probe")
     assert not recheck(cell())  # today's code: nothing to show
     recorded = path.read_text(encoding="utf-8")
     path.write_text(recorded.replace(today, "0123456789ab"), encoding="utf-8")
@@ -108,7 +110,7 @@ def test_a_recorded_cell_that_comes_out_otherwise_is_told(few_rows, monkeypatch)
     path = few_rows / "grid.csv"
     with open(path, encoding="utf-8", newline="") as file:
         value = next(row["value"] for row in csv.DictReader(file) if row["metric"] == "test_accuracy")
-    text = path.read_text(encoding="utf-8").replace(code_of(METHODS["linear-probe"]), "0123456789ab")
+    text = path.read_text(encoding="utf-8").replace(code_of("linear-probe"), "0123456789ab")
     path.write_text(text.replace(value, "0.123"), encoding="utf-8")
     with pytest.raises(ValueError, match="The rows are of another method now"):
         recheck(cell())
@@ -124,7 +126,7 @@ def test_autocast_may_round_otherwise(few_rows, monkeypatch):
     path, ran = few_rows / "grid.csv", {one.method: run_cell(one) for one in (rounded, cell())}
     text = path.read_text(encoding="utf-8")
     for one in (rounded, cell()):
-        text = text.replace(code_of(METHODS[one.method]), "0123456789ab")
+        text = text.replace(code_of(one.method), "0123456789ab")
     path.write_text(text, encoding="utf-8")
     for off, refused in ((0.002, ["linear-probe"]), (0.02, ["linear-probe", "lora"])):
         monkeypatch.setattr(experiments, "run_cell", lambda one: {**ran[one.method], "test_accuracy": ran[one.method]["test_accuracy"] + off})
@@ -170,6 +172,33 @@ def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
         hashes.append(experiments._syntax("clipping"))
     experiments._syntax.cache_clear()
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize("part", ["the network", "how a cell runs", "a rule of the engine"])
+def test_what_makes_a_number_is_in_the_code_of_a_cell(part, monkeypatch, few_rows):
+    """Rows of a side network of another width, of another loop, or by another rule for a layer, are not rows of the same cell."""
+    one = cell("side-cached")
+    before = one.settings()["code"]
+    if part == "the network":
+        monkeypatch.setitem(METHODS, "side-cached", dataclasses.replace(METHODS["side-cached"], prepare=experiments._side(layers=3)))
+    else:
+        changed = ("experiments", "return rows") if part == "how a cell runs" else ("function_rules", "return")
+        read = Path.read_text
+        monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how).replace(changed[1], f"pass\n    {changed[1]}", 1)
+                            if path.name == f"{changed[0]}.py" else read(path, **how))
+        experiments._syntax.cache_clear()
+    assert one.settings()["code"] != before
+    experiments._syntax.cache_clear()
+
+
+def test_another_model_has_rows_of_its_own(few_rows, monkeypatch):
+    assert "model" not in cell().settings() and cell(model="elsewhere").settings()["model"] == "elsewhere"
+    load = experiments.load_backbone
+    monkeypatch.setattr(experiments, "load_backbone", lambda name, **options: load("default-encoder", **options))
+    assert run_grid([cell()]) == run_grid([cell(model="elsewhere")]) == 1
+    assert [row["model"] for row in rows_of(few_rows)] == ["all-MiniLM-L6-v2"] * 2 + ["elsewhere"] * 2
+    monkeypatch.setattr(summary, "RESULTS", few_rows)
+    assert summary.accuracies("grid")["n"].tolist() == summary.accuracies("grid", "elsewhere")["n"].tolist() == [1]
 
 
 def test_plans_are_compared_once(monkeypatch, tmp_path):

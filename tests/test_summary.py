@@ -101,7 +101,7 @@ def test_contaminated_pairs_are_those_of_the_cards():
 def test_settings_that_validate_best_count(tmp_path, monkeypatch):
     rows = [("a", seed, metric, value, setting) for setting, validation, test in ((1, 0.6, 0.9), (2, 0.7, 0.5)) for seed in range(2)
             for metric, value in (("validation_accuracy", validation), ("test_accuracy", test + seed / 100))]
-    table = pd.DataFrame([{"dataset": "d", "method": m, "seed": s, "metric": k, "value": v, "trainable_share": 0.1,
+    table = pd.DataFrame([{"model": summary.DEFAULT_MODEL, "dataset": "d", "method": m, "seed": s, "metric": k, "value": v, "trainable_share": 0.1,
                            "max_grad_norm": 1.0, "settings": json.dumps({"target_epsilon": 3.0, "x": x})} for m, s, k, v, x in rows])
     table.to_csv(tmp_path / "31_classification.csv", index=False)
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
