@@ -31,10 +31,11 @@ from memarc_utils.dp_sgd import NOISE_SLICE, PrivateOptimizer, make_private
 from memarc_utils.feature_cache import side_of
 from memarc_utils.methods import METHODS, SHAPES
 from memarc_utils.training import causal_lm_losses, classification_losses
+from memarc_utils.zeroth_order import DIRECTION_PIECE
 
 PLANNED_ENGINES = ("book-keeping", "per-example", "two-pass ghost", "non-private", "zeroth order")
-_OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-_GIB = 2**30
+_OPTIMIZERS, _GIB = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}, 2**30
+_SCRATCH = 3_000_000  # bytes, measured: what forward passes of RoBERTa-base's shape take more than planned, whatever their size
 _DRAW = 12  # bytes a value of noise while it is drawn, by one thread (`randomness.cryptographic_normals`)
 
 
@@ -62,8 +63,13 @@ class MemoryPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Above the loaded model."""
+        """Above the loaded model, by the allocator."""
         return self.total_bytes - self.parameters
+
+    @property
+    def resident_bytes(self) -> int:
+        """Above the loaded model, as the operating system counts a process on a CPU: the kernels have scratch space of their own."""
+        return self.peak_bytes + _SCRATCH
 
     @property
     def total_bytes(self) -> int:
@@ -81,11 +87,10 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
     """Predicts what one step holds at its peak. Nothing of the model's size is allocated.
 
     Counted is what torch's allocator would give out on a CPU, and the draw of noise, 12 bytes a value of the largest parameter but at
-    most 12 MiB; scratch space inside of kernels, some 3 MB, is not. On a GPU the fused attention
-    kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T) stand: ``fused_attention`` plans for the
-    first. AdamW on a GPU works on all parameters at once by default and needs about two more copies of what trains. In the steps 1, 2,
-    4, 8, ... the engine also looks for examples that meet: such a pass holds no clipping records, but a reversible network keeps its
-    stored streams in it, 16 B·T·d bytes.
+    most 12 MiB. On a GPU the fused attention kernels serve dropout too, on a CPU they do not and attention weights (B, heads, T, T)
+    stand: ``fused_attention`` plans for the first. AdamW on a GPU works on all parameters at once by default and needs about two more
+    copies of what trains. In the steps 1, 2, 4, 8, ... the engine also looks for examples that meet: such a pass holds no clipping
+    records, but a reversible network keeps its stored streams in it, 16 B·T·d bytes.
 
     Args:
         model: a `transformers` configuration, a model (whose configuration is taken), or a key of `methods.SHAPES`.
@@ -94,9 +99,9 @@ def plan_memory(model: PreTrainedConfig | nn.Module | str, method: str, batch_si
         num_tokens: T of each example, no padding.
         dtype: of the frozen weights and, by autocast, of the computation (a name will do: ``"bfloat16"``). What trains is held in float32.
         clipping: of our engine: ``flat``, ``automatic``, ``per_layer``; the other engines have none to choose.
-        engine: ``book-keeping`` (ours); ``per-example`` (all per-example gradients at once, as opacus's hooks); ``two-pass ghost``
-            (a backward pass that keeps the graph for the norms, whose own scratch is not counted, and a second one for the sum);
-            ``non-private``; ``zeroth order``.
+        engine: ``book-keeping`` (ours); ``per-example`` (all per-example gradients at once, as opacus's hooks, which measure up to a third
+            more); ``two-pass ghost`` (a pass that keeps the graph for the norms, whose own scratch is not counted, and a second one for
+            the sum); ``non-private``; ``zeroth order`` (in float32 alone).
         task: ``classification`` (two classes) or ``causal-lm``; by default what the model's type is for.
         checkpointing: activation checkpointing of each block.
         optimizer: ``sgd`` or ``adamw``; zeroth-order training keeps no state, whichever it is.
@@ -119,8 +124,7 @@ def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping=
     task = task or _usual_task(config)
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task, checkpointing, optimizer)
-    if fused_attention:
-        config = _without_attention_dropout(config)
+    config = _without_attention_dropout(config) if fused_attention else config
     mode = FakeTensorMode()
     fake = _fake_model(config, method, task, dtype, checkpointing, mode)
     step = _Step(fake, method, engine, clipping, optimizer, task, dtype, batch_size, num_tokens, mode)
@@ -140,6 +144,8 @@ def _plan(config, method, batch_size, num_tokens, dtype=torch.float32, clipping=
     noise = _DRAW * min(max(sizes), NOISE_SLICE) if step.private else 0
     if noise and 4 * sum(sizes) + noise > peak:  # a step of few activations holds most when noise is added to its sums
         peak, found = 4 * sum(sizes) + noise, {"gradients": 4 * sum(sizes) * parts, "engine": 0, "activations": 0}
+    if engine == "zeroth order":  # or when a piece of a direction is drawn
+        peak = max(peak, 4 * min(max(sizes), DIRECTION_PIECE))
     return MemoryPlan(sum(standing.values()), sum(state.values()), **found, working=peak - sum(found.values()), trainable=sum(sizes))
 
 
@@ -164,10 +170,9 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
             known[batch_size] = _plan(config, method, batch_size, num_tokens, parts=False, **settings).total_bytes
         return known[batch_size]
 
-    if total(1) > budget:
+    fits, fails, guess = 1, None, 8
+    if total(fits) > budget:
         return 0
-    fits, fails = 1, None
-    guess = 8
     while fails is None or fails - fits > 1:
         if total(guess) <= budget:
             fits = max(fits, guess)
@@ -175,8 +180,8 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
             fails = guess if fails is None else min(fails, guess)
         (b0, m0), (b1, m1) = sorted(known.items(), key=lambda item: abs(item[1] - budget))[:2]
         slope = (m1 - m0) / (b1 - b0) or 1
-        guess = int(b0 + (budget - m0) // slope)
-        guess = max(guess, fits + 1) if fails is None else min(max(guess, fits + 1), fails - 1)
+        guess = max(int(b0 + (budget - m0) // slope), fits + 1)
+        guess = guess if fails is None else min(guess, fails - 1)
         if guess in known:  # the line points where we have been: close in from the other side
             guess = fits + 1 if fits + 1 not in known else fails - 1 if fails is not None else 2 * fits
     return fits
@@ -224,12 +229,9 @@ class _Tracker(TorchDispatchMode):
 @contextlib.contextmanager
 def _all_finite() -> Iterator[None]:
     """As though the engine had seen that no example is to be left out: fake numbers do not say so, and it would copy what it sums."""
-    original = HeldGradient.add_weighted_sum
-
-    def add(held, total, factors, keep=None, dtype=None):
-        return original(held, total, factors, None, dtype)
-
-    with mock.patch.object(HeldGradient, "add_weighted_sum", add):
+    add = HeldGradient.add_weighted_sum
+    with mock.patch.object(HeldGradient, "add_weighted_sum", lambda held, total, factors, keep=None, dtype=None:
+                           add(held, total, factors, None, dtype)):
         yield
 
 
@@ -294,8 +296,7 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _losses(self, tracker: _Tracker) -> Tensor:
-        compute = torch.autocast("cpu", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
-        with compute:
+        with torch.autocast("cpu", self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext():
             losses = (causal_lm_losses if self.task == "causal-lm" else classification_losses)(self.model, self.batch)
         self.after_forward = {number for *_, number in tracker.live.values()}
         return losses
@@ -352,13 +353,10 @@ def _fake_model(config, method: str, task: str, dtype: torch.dtype, checkpointin
 
 # ---------------------------------------------------------------------------------------------------- what is refused
 def _config(model: PreTrainedConfig | nn.Module | str) -> PreTrainedConfig:
-    if isinstance(model, str):
-        if model not in SHAPES:
-            raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got {model!r}")
-        return SHAPES[model]()
-    config = getattr(model, "config", model)
+    config = SHAPES[model]() if isinstance(model, str) and model in SHAPES else getattr(model, "config", model)
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got {type(model).__name__}")
+        raise ValueError(f"model must be one of {', '.join(SHAPES)}, a transformers configuration or a model, got "
+                         f"{repr(model) if isinstance(model, str) else type(model).__name__}")
     config = copy.deepcopy(config)
     if getattr(config, "pad_token_id", None) is None:  # a decoder's classifier asks for one where it meets a batch
         config.pad_token_id = 0
@@ -395,6 +393,8 @@ def _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task
         raise ValueError(f"num_tokens={num_tokens} is more than the {positions} positions of this {config.model_type} model")
     if method.startswith("side-cached") and (checkpointing or engine == "zeroth order"):
         raise ValueError(f"{method} runs no backbone: plan it without checkpointing and not with zeroth order")
+    if engine == "zeroth order" and dtype != torch.float32:
+        raise ValueError("zeroth order divides a difference of losses by 2λ, which 16 bits cannot hold: plan it with dtype=torch.float32")
     if method.startswith("rev") and (checkpointing or engine == "two-pass ghost"):
         raise ValueError(f"{method} recomputes its activations itself and frees them on the way: plan it without checkpointing, and not "
                          "with two-pass ghost, whose first pass would have to keep the graph")

@@ -38,7 +38,7 @@ from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_ba
 from memarc_utils.probe import LossProbe, num_examples, refuse_sixteen_bits
 from memarc_utils.randomness import check_generator, seed_from_operating_system
 
-_PIECE = 2**20  # numbers of a direction that stand in memory at once
+DIRECTION_PIECE = 2**20  # numbers of a direction that stand in memory at once
 NOISES = {"gaussian": 2, "laplace": 1}  # the norm that the K numbers of an example are clipped in
 
 
@@ -280,7 +280,7 @@ class ZerothOrderOptimizer:
         for parameter, seed in zip(_trainable(self.model).values(), seeds.tolist()):
             generator = torch.Generator(parameter.device).manual_seed(seed)
             rows = torch.atleast_1d(parameter)
-            for piece in rows.split(max(1, _PIECE * len(rows) // rows.numel())):
+            for piece in rows.split(max(1, DIRECTION_PIECE * len(rows) // rows.numel())):
                 z = torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
                 piece.add_(z.normal_(generator=generator), alpha=scale)
 

@@ -160,6 +160,12 @@ def test_a_longer_or_larger_batch_takes_more():
     assert long[True] < 0.8 * long[False]  # dropout on attention weights keeps them: (B, heads, T, T)
 
 
+def test_a_piece_of_a_direction_and_the_kernels_scratch_are_counted():
+    whole = plan_memory("tiny", "full", 1, 1, engine="zeroth order")
+    assert whole.peak_bytes >= 4 * 101 * 64  # its largest parameter, the embedding, in one piece
+    assert whole.resident_bytes - whole.peak_bytes == 3_000_000
+
+
 def test_two_passes_keep_the_graph_and_the_gradients():
     plain, ghost = (plan_memory("tiny", "full", BATCH, TOKENS, engine=engine, optimizer="sgd")
                     for engine in ("non-private", "two-pass ghost"))
@@ -189,6 +195,7 @@ def test_largest_batch_is_zero_where_one_example_does_not_fit():
     ({"task": "ner"}, "task must be one of"),
     ({"method": "rev-lora", "checkpointing": True}, "recomputes its activations itself"), ({"clipping": "norm"}, "clipping must be"),
     ({"method": "side-cached", "engine": "zeroth order"}, "runs no backbone"),
+    ({"engine": "zeroth order", "dtype": "bfloat16"}, "which 16 bits cannot hold"),
     ({"optimizer": "lion"}, "optimizer must be one of"), ({"clipping": "per_layer", "engine": "non-private"}, "is our engine's"),
 ])
 def test_what_does_not_fit_is_refused(change, message):

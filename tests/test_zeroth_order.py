@@ -574,7 +574,7 @@ def test_bad_laplace_arguments_are_named(change, said):
 
 def test_a_direction_drawn_in_pieces_is_normal_and_comes_back(monkeypatch):
     """θ + z − z is θ, every row of a table that takes many pieces has moved, and no two pieces hold the same numbers."""
-    monkeypatch.setattr("memarc_utils.zeroth_order._PIECE", 300)
+    monkeypatch.setattr("memarc_utils.zeroth_order.DIRECTION_PIECE", 300)
     table = nn.Embedding(400, 30)  # ten rows a piece
     optimizer = make_zeroth_order(table, plan_for_tests(), learning_rate=0.1)
     start, seeds = table.weight.detach().clone(), torch.tensor([7])
