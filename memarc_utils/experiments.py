@@ -185,28 +185,29 @@ class Cell:
 
 
 @functools.lru_cache(None)
-def _syntax(module: str, only: tuple[str, ...] = ()) -> str:
-    """Of a module, or of some of its functions; without docstrings, comments and layout."""
+def syntax_of(module: str, only: tuple[str, ...] = ()) -> str:
+    """Of a module, or of some functions and annotated names of it; without docstrings, comments and layout."""
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             body[0].value.value = ""
-    return "".join(ast.dump(node) for node in tree.body if not only or getattr(node, "name", None) in only)
+    named = [(getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None), node) for node in tree.body]
+    return "".join(ast.dump(node) for name, node in named if not only or name in only)
 
 
 def hash_of_code(modules: tuple[str, ...], more: str = "") -> str:
     """Of what the shared modules, some more of them and a text say; docstrings, comments and layout do not count."""
     digest = hashlib.sha256(more.encode())
     for module in (*_SHARED_CODE, *modules):
-        digest.update(_syntax(module).encode())
+        digest.update(syntax_of(module).encode())
     return digest.hexdigest()[:12]
 
 
 def code_of(method: str) -> str:
     """Hash of the code that a method's result rests on, and of the side network that it attaches."""
     attached = getattr(METHODS[method].prepare, "keywords", None)
-    return hash_of_code(METHODS[method].code, _syntax("experiments", _RUNS_A_CELL) + repr(attached))
+    return hash_of_code(METHODS[method].code, syntax_of("experiments", _RUNS_A_CELL) + repr(attached))
 
 
 @functools.lru_cache(2)

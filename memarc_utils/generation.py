@@ -1,7 +1,7 @@
 """Text generation by a fine-tuned causal language model: decoding, and the scores of data-to-text.
 
 A prompt (a meaning representation) has several references. Decoded texts are scored against all references of their prompt by
-BLEU, ROUGE-L and NIST, the model's probabilities by the perplexity of all references. ``python -m memarc_utils.generation`` runs
+BLEU, ROUGE-L and NIST, the model's probabilities by the perplexity of all references. ``python -m memarc_utils.grids e2e`` runs
 what is missing of the recorded comparison on E2E and appends it to ``data/results/32_generation.csv``.
 """
 
@@ -9,7 +9,6 @@ import csv
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -28,6 +27,7 @@ from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.backbones import load_backbone, load_tokenizer
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.data import load_text_dataset, tokenize_dataset
+from memarc_utils.experiments import hash_of_code, syntax_of
 from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
 from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
@@ -256,6 +256,9 @@ METHODS: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[float, float]]]
 }
 UNTRAINED = "untrained"
 TABLE = RESULTS / "32_generation.csv"
+# What the scores rest on, beside the engine.
+_CODE = ("side_network", "side_blocks", "couplings", "reversal", "reversible")
+_OF_THIS_MODULE = ("METHODS", "execute", "_scores_on_e2e", "generate_texts", "scores", "bleu", "rouge_l", "nist", "perplexity")
 _UNITS = {"bleu": "points", "rouge_l": "points", "nist": "", "beam_bleu": "points", "beam_rouge_l": "points", "beam_nist": "",
           "perplexity": ""}  # in the order of the rows; the last one marks a finished run
 
@@ -298,21 +301,35 @@ class Run:
         """What tells this run from others in the table."""
         rest = {name: value for name, value in asdict(self).items() if name not in ("method", "seed", "epsilon")}
         rates = None if self.method == UNTRAINED else list(METHODS[self.method][1])
-        return {**rest, "target_epsilon": self.epsilon, "rates": rates, "clipping": "automatic", "optimizer": "adamw", "beams": 4}
+        return {**rest, "target_epsilon": self.epsilon, "rates": rates, "clipping": "automatic", "optimizer": "adamw", "beams": 4,
+                "code": hash_of_code(_CODE, syntax_of("generation", _OF_THIS_MODULE))}
 
 
 # What is asked first comes first: an interrupted list has answered something.
-RUNS = [Run(UNTRAINED), Run("side"), Run("lora"), *(Run(method, seed) for seed in (1, 2) for method in ("side", "lora")),
+RUNS = [Run(UNTRAINED), Run("side"), Run("lora"), *(Run(method, num_steps=20) for method in ("side", "lora")),
+        *(Run(method, seed) for seed in (1, 2) for method in ("side", "lora")),
         *(Run(method, seed) for seed in range(3) for method in ("rev-lora", "bitfit"))]
 
 
 def finished(run: Run) -> bool:
-    """Whether the run's last row is in the table."""
+    """Whether the run's last row is in the table.
+
+    Raises:
+        ValueError: the table has rows of the same setting that other code made. Rows from before code was noted count as they are.
+    """
     if not TABLE.exists():
         return False
+    wanted = run.settings()
+    found = False
     with open(TABLE, encoding="utf-8", newline="") as file:
-        return any(row["method"] == run.method and row["seed"] == str(run.seed) and row["metric"] == list(_UNITS)[-1]
-                   and json.loads(row["settings"]) == run.settings() for row in csv.DictReader(file))
+        for row in csv.DictReader(file):
+            have = json.loads(row["settings"])
+            if row["method"] == run.method and {**wanted, **have, "code": ""} == {**wanted, "code": ""}:
+                if have.get("code", wanted["code"]) != wanted["code"]:
+                    raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have['code']}, now {wanted['code']}): move "
+                                     f"them away, or check out the code that made them (commit {row['commit']})")
+                found = found or (row["seed"] == str(run.seed) and row["metric"] == list(_UNITS)[-1])
+    return found
 
 
 def execute(run: Run) -> None:
@@ -359,15 +376,14 @@ def _scores_on_e2e(run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBas
             "perplexity": perplexity(model, rows, pad_token_id=tokenizer.pad_token_id)}
 
 
-def main(arguments: list[str]) -> None:
-    """Runs what has no row yet: all of `RUNS`, or those of the methods that are named."""
-    if unknown := [name for name in arguments if name not in (*METHODS, UNTRAINED)]:
-        raise SystemExit(f"unknown method {unknown[0]}: write some of {', '.join((*METHODS, UNTRAINED))}, or nothing for all")
-    missing = [run for run in RUNS if (not arguments or run.method in arguments) and not finished(run)]
+def run_missing(shard: tuple[int, int] = (0, 1)) -> int:
+    """Runs what has no row yet of `RUNS`, or of every n-th of them from the i-th; returns how many ran.
+
+    Raises:
+        ValueError: see `finished`; found before anything runs.
+    """
+    index, count = shard
+    missing = [run for run in RUNS[index::count] if not finished(run)]
     for run in training.progress(missing, "runs", len(missing)):
         execute(run)
-        print(f"{run.method}, seed {run.seed}: done")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return len(missing)

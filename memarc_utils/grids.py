@@ -1,7 +1,8 @@
 """The recorded experiments as lists of cells, and the command that runs them.
 
-``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them. ``SHARD=1/4`` takes
-every fourth cell, the second of them: several machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
+``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them: classification, the
+ablations of notebooks 40, 41 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
+machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
 of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
 measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
 ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
+from memarc_utils import generation
 from memarc_utils.benchmark import StepCase, measure_cases
 from memarc_utils.experiments import METHODS, Cell, recheck, rows_of, run_grid, table_of
 from memarc_utils.methods import METHODS as PLANNED_METHODS
@@ -66,9 +68,63 @@ def _rates() -> list[Cell]:
                    for method, tried in _RATES.items() for rates in tried]
 
 
+# --------------------------------------------------------------------------------------------------------- ablations
+_DEFAULT_SIDE = {"reduction": 8, "layers": 2}
+_LEAN_SIDE = {**_DEFAULT_SIDE, "block": "mlp", "downsample": "orthogonal", "gate": "none"}
+_VARIED = {"reduction": [64, 32, 16, 4], "layers": ["all", 3, 6], "block": ["mlp", "adapter"],
+           "downsample": ["low_rank", "pooled", "orthogonal"], "gate": ["none", "vector"]}
+
+
+def side_settings(varied: dict[str, list] = _VARIED, width: int = 384) -> dict[str, dict]:
+    """Settings of side networks by name: the default, *slim*, *lean*, and the default with one thing changed."""
+    sides = {"default": _DEFAULT_SIDE, "slim": {**_DEFAULT_SIDE, "reduction": 16, "block": "mlp"}, "lean": _LEAN_SIDE}
+    for factor, values in varied.items():
+        for value in values:
+            changed = {**_DEFAULT_SIDE, factor: value}
+            sides[f"{factor} {value}"] = changed if (width // changed["reduction"]) % 4 == 0 else {**changed, "heads": 2}
+    return sides
+
+
+def _over_seeds(experiment: str, method: str, epsilon: float, **settings) -> list[Cell]:
+    return [Cell(experiment, "film_reviews", method, epsilon, seed, **settings) for seed in range(3)]
+
+
+def _side_width() -> list[Cell]:
+    """What `notebooks/40_ablation_side_width` reads."""
+    few = {"num_train": 4096, "max_tokens": 32}
+    short, longer = {**few, "num_steps": 30, "batch_size": 512}, {**few, "num_steps": 60, "batch_size": 1024}
+    ways = {"linear probe": {"method": "linear-probe"}, **{name: {"method": "side-cached", "side": side} for name, side in side_settings().items()}}
+    cells = [cell for way in ways.values() for cell in _over_seeds("40_side_width", epsilon=8.0, **short, **way)]
+    cells += [cell for name in ("linear probe", "slim") for cell in _over_seeds("40_side_width", epsilon=8.0, **longer, **ways[name])]
+    return cells + [cell for name in ("linear probe", "default", "slim") for target, more in ((math.inf, {}), (8.0, {"without_noise": True}))
+                    for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]
+
+
+def _clipping() -> list[Cell]:
+    """What `notebooks/41_ablation_clipping` reads."""
+    ways = [("automatic", 1.0), *((clipping, bound) for clipping in ("flat", "per_layer") for bound in (0.01, 1.0, 10.0, 100.0))]
+    return [cell for clipping, bound in ways
+            for cell in _over_seeds("41_clipping", "side-cached", 8.0, clipping=clipping, max_grad_norm=bound, **_CACHED)]
+
+
+def _batch_size() -> list[Cell]:
+    """What `notebooks/43_ablation_batch_size_and_noise` reads."""
+    def probe(batch: int, steps: int, rate: float = 0.02) -> list[Cell]:
+        return _over_seeds("43_batch_size", "linear-probe", 3.0, num_steps=steps, batch_size=batch, rates=(rate,) * 3)
+
+    sizes = [64 * 2**power for power in range(7)]
+    runs = dict.fromkeys((*((batch, 40) for batch in sizes), *((batch, 40_960 // batch) for batch in sizes)))
+    cells = [cell for batch, steps in runs for cell in probe(batch, steps)]
+    cells += [cell for batch in (64, 256, 1024)
+              for cell in _over_seeds("43_batch_size", "side-cached", 3.0, num_steps=40, batch_size=batch, side=_LEAN_SIDE)]
+    retried = ((64, 40, 0.005), (64, 40, 0.08), (64, 40, 0.32), (4096, 40, 0.08), (4096, 10, 0.08), (4096, 10, 0.32))
+    return cells + [cell for each in retried for cell in probe(*each)]
+
+
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
-    "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS}}
+    "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS},
+    "side_width": _side_width, "clipping": _clipping, "batch_size": _batch_size}
 
 
 def _step_cases() -> list[StepCase]:
@@ -175,7 +231,7 @@ def _recheck(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    names = arguments or list(GRIDS)
+    names = arguments or [*GRIDS, "e2e"]
     alone = {"steps": lambda: measure_steps(_step_cases()), "planner": lambda: compare_plans(_planner_cases()), "plans": record_plans}
     if len(names) == 1 and names[0] in alone:
         alone[names[0]]()
@@ -183,15 +239,16 @@ def main(arguments: list[str]) -> None:
     if names[0] == "recheck":
         _recheck(names[1:])
         return
-    if unknown := [name for name in names if name not in GRIDS]:
-        raise SystemExit(f"unknown grid {unknown[0]}: write one of {', '.join(GRIDS)}; or steps, planner or plans, by itself, to measure "
+    if unknown := [name for name in names if name not in (*GRIDS, "e2e")]:
+        raise SystemExit(f"unknown grid {unknown[0]}: write some of {', '.join(GRIDS)}, e2e; or steps, planner or plans, by itself, to measure "
                          "time and memory")
     shard = os.environ.get("SHARD", "0/1")
     index, _, count = shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise SystemExit(f"SHARD must be i/n with 0 <= i < n, such as 1/4, got {shard!r}")
+    part = int(index), int(count)
     for name in names:
-        print(f"{name}: {run_grid(GRIDS[name](), (int(index), int(count)))} cells ran")
+        print(f"{name}: {generation.run_missing(part) if name == 'e2e' else run_grid(GRIDS[name](), part)} cells ran")
 
 
 if __name__ == "__main__":

@@ -168,9 +168,9 @@ def test_docstrings_and_comments_are_no_other_code(monkeypatch, tmp_path):
                  '"""Other."""\n\n# why\ndef f(x):\n    """Words."""\n    return (x)\n',
                  '"""One."""\ndef f(x):\n    """Two."""\n    return -x\n'):
         module.write_text(text, encoding="utf-8")
-        experiments._syntax.cache_clear()
-        hashes.append(experiments._syntax("clipping"))
-    experiments._syntax.cache_clear()
+        experiments.syntax_of.cache_clear()
+        hashes.append(experiments.syntax_of("clipping"))
+    experiments.syntax_of.cache_clear()
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -186,9 +186,9 @@ def test_what_makes_a_number_is_in_the_code_of_a_cell(part, monkeypatch, few_row
         read = Path.read_text
         monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how).replace(changed[1], f"pass\n    {changed[1]}", 1)
                             if path.name == f"{changed[0]}.py" else read(path, **how))
-        experiments._syntax.cache_clear()
+        experiments.syntax_of.cache_clear()
     assert one.settings()["code"] != before
-    experiments._syntax.cache_clear()
+    experiments.syntax_of.cache_clear()
 
 
 def test_another_model_has_rows_of_its_own(few_rows, monkeypatch):
@@ -219,6 +219,19 @@ def test_plans_of_whole_steps_are_recorded_once(monkeypatch, tmp_path):
     rows = rows_of(tmp_path)
     cases = {(json.loads(row["settings"])["case"], json.loads(row["settings"])["fused_attention"]): float(row["value"]) for row in rows}
     assert len(rows) == len(cases) == 20 and cases["full", True] <= cases["full", False] < cases["full, per-example gradients", False]
+
+
+@pytest.mark.parametrize("grid", ["side_width", "batch_size"])
+def test_an_ablations_grid_is_what_is_recorded(grid):
+    """What notebooks 40 and 43 read is the grid that the command goes on with."""
+    cells = GRIDS[grid]()
+    rows = summary.results_of(cells[0].experiment)
+
+    def key(method, seed, settings, epsilon):
+        return json.dumps([method, seed, {**settings, "code": ""}, math.isfinite(epsilon)], sort_keys=True)
+
+    recorded = {key(row.method, row.seed, row.settings, row.epsilon if not row.settings.get("without_noise") else 8.0) for row in rows.itertuples()}
+    assert {key(c.method, c.seed, c.settings(), c.epsilon) for c in cells} <= recorded  # older rates are there too
 
 
 def test_settings_are_json_and_tell_cells_apart():

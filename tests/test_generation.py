@@ -15,6 +15,7 @@ from memarc_utils.adapters import add_bottleneck_adapters, add_lora, select_bias
 from memarc_utils.backbones import load_tokenizer, tiny_backbone
 from memarc_utils.couplings import ReversibleConfig
 from memarc_utils.data import tokenize_dataset
+from memarc_utils.experiments import syntax_of
 from memarc_utils.generation import (METHODS, UNTRAINED, Run, bleu, execute, finished, generate_texts, nist, perplexity,
                                      prompts_and_references, rouge_l, scores, why_no_cache)
 from memarc_utils.reversible import make_reversible
@@ -300,9 +301,8 @@ def test_runs_go_on_where_they_stopped(small_runs, monkeypatch):
     execute(runs[1])
     assert [finished(one) for one in runs] == [False, True, False]
     first = small_runs.read_text()
-    generation.main([UNTRAINED])
-    generation.main([])
-    generation.main([])
+    assert generation.run_missing((0, 3)) == 1 and generation.run_missing((1, 3)) == 0
+    assert generation.run_missing() == 1 and generation.run_missing() == 0
     assert small_runs.read_text().startswith(first)
     with open(small_runs, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -310,6 +310,20 @@ def test_runs_go_on_where_they_stopped(small_runs, monkeypatch):
     assert {row["metric"] for row in rows[:7]} == {"bleu", "rouge_l", "nist", "beam_bleu", "beam_rouge_l", "beam_nist", "perplexity"}
     assert all(float(row["epsilon"]) == 0 if row["method"] == UNTRAINED else 7.9 < float(row["epsilon"]) <= 8 for row in rows)
     assert not finished(run("side", 1)) and not finished(run("side", epsilon=3.0))
+
+
+def test_rows_of_other_code_are_kept_apart(small_runs, monkeypatch):
+    monkeypatch.setattr(generation, "generate_texts", lambda model, tokenizer, prompts, **settings: ["w9 w10"] * len(prompts))
+    one = run("side")
+    execute(one)
+    code = one.settings()["code"]
+    small_runs.write_text(small_runs.read_text().replace(code, "0123456789ab"))
+    refused(lambda: finished(run("side", 1)), f"rows of side that other code made .0123456789ab, now {code}.")
+    small_runs.write_text(small_runs.read_text().replace('""code"": ""0123456789ab"", ', ""))
+    assert '"code"' not in small_runs.read_text() and finished(one)  # from before code was noted
+    other = syntax_of("generation", ("METHODS",))
+    monkeypatch.setattr(generation, "syntax_of", lambda *what: other)
+    assert one.settings()["code"] != code
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -322,5 +336,3 @@ def test_methods_fit_a_llama_and_keep_a_cache(method):
 def test_runs_are_checked():
     refused(lambda: Run("loar"), "method must be one of side, lora")
     refused(lambda: Run("lora", num_prompts=3, num_beam_prompts=4), "num_beam_prompts must be between 1 and num_prompts=3")
-    with pytest.raises(SystemExit, match="unknown method loar"):
-        generation.main(["loar"])
