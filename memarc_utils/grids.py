@@ -96,6 +96,7 @@ def _side_width() -> list[Cell]:
     ways = {"linear probe": {"method": "linear-probe"}, **{name: {"method": "side-cached", "side": side} for name, side in side_settings().items()}}
     cells = [cell for way in ways.values() for cell in _over_seeds("40_side_width", epsilon=8.0, **short, **way)]
     cells += [cell for name in ("linear probe", "slim") for cell in _over_seeds("40_side_width", epsilon=8.0, **longer, **ways[name])]
+    cells += _over_seeds("40_side_width", "side-cached", 8.0, without_noise=True, rates=_LONG_RATES["side-cached"][0], **_LONG)
     return cells + [cell for name in ("linear probe", "default", "slim") for target, more in ((math.inf, {}), (8.0, {"without_noise": True}))
                     for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]
 
@@ -135,7 +136,7 @@ def _step_cases() -> list[StepCase]:
             for shape in ("roberta-base", "roberta-base-24", "roberta-base-48")]
     large = {"shape": "roberta-large", "batch_size": 8, "optimizer": "adamw", "repeats": 1}
     return [*ours, StepCase("lora", "book-keeping", checkpointing=True), StepCase("full", "zeroth order", repeats=3), *deep,
-            *(StepCase(method, "book-keeping", **large) for method in ("side", "lora", "full"))]
+            *(StepCase(method, "book-keeping", **large) for method in ("side", "side every second block", "lora", "full"))]
 
 
 def measure_steps(cases: list[StepCase]) -> None:

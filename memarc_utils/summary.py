@@ -26,8 +26,18 @@ HEADLINE = {
     "side network": (None, "side", {}),
     "side network, cached": ("side-cached", "side-cached learned", {}),
     "side network, cached, pooled": (None, "side-cached", {}),
+    "zeroth order, all parameters": (None, "full", {"engine": "zeroth order"}),
 }
 COST_OF = {in_grid: in_costs for in_grid, in_costs, _ in HEADLINE.values() if in_grid and in_costs}  # the same network's step
+
+
+def marked(dataset: str) -> str:
+    """The name, with a dagger where the default encoder has seen the data in its public training.
+
+    >>> marked("qnli"), marked("sst2")
+    ('qnli †', 'sst2')
+    """
+    return dataset + (" †" if CONTAMINATED.get(dataset) == DEFAULT_MODEL else "")
 
 
 def canonical_code(method: str, code: str) -> str:
@@ -123,7 +133,7 @@ def headline(dataset: str = "film_reviews") -> pd.DataFrame:
     for name, (in_grid, in_costs, settings) in HEADLINE.items():
         row = {"peak memory": "", "time of a step": ""}
         if in_costs:
-            found = costs[(costs["method"] == in_costs) & (costs["engine"] == "book-keeping") & (costs["clipping"] == "flat")
+            found = costs[(costs["method"] == in_costs) & (costs["engine"] == settings.get("engine", "book-keeping")) & (costs["clipping"] == "flat")
                           & (costs["optimizer"] == "sgd")]
             found = found[found["checkpointing"] == settings.get("checkpointing", False)]
             if len(found):
@@ -133,6 +143,53 @@ def headline(dataset: str = "film_reviews") -> pd.DataFrame:
             row[_title(epsilon)] = _cell(next(found.itertuples())) if len(found) else ""
         rows[name] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
+
+
+def _plan_goals() -> list[tuple[str, str, float, float]]:
+    """Whole planned steps at B = 32, T = 128, and what the planner is worth."""
+    plans = results_of("30_memory")
+    totals = {(row.model, row.settings["case"], row.settings["fused_attention"]): row.value for row in plans.itertuples()}
+    rows = []
+    for model in ("roberta-large", "gpt2-large"):
+        for over, least in (("side", (3.3, 6.0)), ("side every second block", (3.3, 6.0)), ("rev-lora", (3.0, 5.0)), ("rev-lora, per layer", (3.0, 5.0))):
+            ratio = {(case, fused): totals[model, case, fused] / totals[model, over, fused]
+                     for case in ("lora", "full", "lora, checkpointed") for fused in (False, True)}
+            where = f"{model}, whole step: %s over {over}"
+            rows += [(where % "DP-LoRA", "least", least[0], ratio["lora", False]),
+                     (where % "DP-LoRA" + ", fused attention", "least", least[0], ratio["lora", True]),
+                     (where % "full DP", "least", least[1], ratio["full", False]),
+                     (where % "checkpointed DP-LoRA", "least", 1.0, ratio["lora, checkpointed", False])]
+    return rows
+
+
+def goals() -> pd.DataFrame:
+    """What this project set out to reach beside what its recorded rows say: columns goal, reached, met; a row each."""
+    costs, large = (step_costs(*shape).query("clipping == 'flat'").set_index(["method", "engine", "checkpointing"])
+                    for shape in (("roberta-base",), ("roberta-large", 8)))
+    rows = []
+    for name, method, engine, peak, seconds in (("side network", "side", "book-keeping", 0.15, 0.60), ("DP-BiTFiT", "bitfit", "book-keeping", 0.97, 1.0),
+                                                ("side network, cached", "side-cached learned", "book-keeping", 0.08, 0.10),
+                                                ("side network, cached, pooled", "side-cached", "book-keeping", 0.08, 0.10),
+                                                ("zeroth order, one direction", "full", "zeroth order", 0.10, None)):
+        found = costs.loc[(method, engine, False)]
+        rows.append((f"{name}: peak of a step over DP-LoRA's", "most", peak, found["memory_ratio"]))
+        rows += [(f"{name}: time of a step over DP-LoRA's", "most", seconds, found["time_ratio"])] if seconds else []
+    whole = {method: large.loc[(method, "book-keeping", False), ["peak_mb", "model_mb"]].sum() for method in ("full", "lora", "side")}
+    rows += [(f"roberta-large, batch 8, whole step measured: {name} over side network", "least", least, whole[method] / whole["side"])
+             for name, method, least in (("full DP", "full", 4.0), ("DP-LoRA", "lora", 1.7))]
+    rows += _plan_goals()
+    table = accuracies()
+    table = table[(table["n"] >= 3) & ~table["method"].str.startswith("side-cached ")]
+    for dataset in ("film_reviews", "sst2"):
+        at = table[table["dataset"] == dataset].pivot(index="method", columns="epsilon", values="mean") * 100
+        rows += [(f"{dataset}, ε = {epsilon:g}: cached side network over the best other method (points)", "least", -0.5,
+                  at.loc["side-cached", epsilon] - at.drop("side-cached")[epsilon].max()) for epsilon in (1.0, 3.0, 8.0)]
+        rows.append((f"{dataset}: what ε = 8 costs the cached side network (points)", "most", 2.0, at.loc["side-cached", math.inf] - at.loc["side-cached", 8.0]))
+    found = pd.DataFrame(rows, columns=["what", "kind", "bound", "value"]).set_index("what")
+    met = [value <= bound if kind == "most" else value >= bound for kind, bound, value in found.itertuples(index=False)]
+    return pd.DataFrame({"goal": [f"at {kind} {bound:g}" for kind, bound in zip(found["kind"], found["bound"])],
+                         "reached": [f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" for value in found["value"]],
+                         "met": ["yes" if each else "no" for each in met]}, index=found.index)
 
 
 def as_markdown(table: pd.DataFrame) -> str:
