@@ -42,7 +42,7 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
     """Measures a step: once to warm up (optimizer state is made then, and what is saved and held is counted), once for the peak, then
     for time.
 
-    On CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's
+    Of a step that computes on CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's
     allocator (the profiler's memory events), so it is exact and repeatable; what libraries hold outside that allocator
     is not in it.
 
@@ -62,7 +62,8 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
     with saved, held:
         step()
     gc.collect()
-    peak = _peak_on_cuda(step) if torch.cuda.is_available() else _held_and_peak_on_cpu(step)[1]
+    on_cuda = _peak_on_cuda(step) if torch.cuda.is_available() else 0
+    peak = on_cuda or _held_and_peak_on_cpu(step)[1]
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -200,11 +201,12 @@ def held_bytes(forward: Callable[[], object]) -> int:
     """
     forward()
     gc.collect()
-    if not torch.cuda.is_available():
-        return _held_and_peak_on_cpu(forward)[0]
-    before = torch.cuda.memory_allocated()
-    result = forward()  # noqa: F841 (it must live until the count)
-    return torch.cuda.memory_allocated() - before
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        result = forward()  # noqa: F841 (it must live until the count)
+        if held := torch.cuda.memory_allocated() - before:
+            return held
+    return _held_and_peak_on_cpu(forward)[0]  # also where a GPU stands by and nothing was put on it
 
 
 def _peak_on_cuda(step: Callable[[], object]) -> int:

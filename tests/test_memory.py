@@ -267,3 +267,13 @@ def test_the_engine_keeps_no_more_than_plain_training():
 def test_a_forward_without_result_is_refused():
     with pytest.raises(ValueError, match="return the loss"):
         saved_bytes(lambda: None)
+
+
+def test_a_step_on_the_cpu_is_measured_there_beside_a_gpu(monkeypatch):
+    def step():
+        return torch.ones(5000) + torch.ones(5000)
+
+    want, held = measure_step(step, repeats=1).peak_bytes, held_bytes(step)
+    for name, value in (("is_available", True), ("memory_allocated", 0), ("max_memory_allocated", 0), ("synchronize", None), ("reset_peak_memory_stats", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert measure_step(step, repeats=1).peak_bytes == want == 60_000 and held_bytes(step) == held == 20_000
