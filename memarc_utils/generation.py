@@ -247,9 +247,10 @@ def scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[st
 # ----------------------------------------------------------------------------------------------- recorded comparison
 # How a method prepares the model, and its AdamW rates: of most parameters, and of those that start at zero. They are those of private
 # classification, not searched on E2E, but for the side network's: its upsample adds straight to what the head reads, and at 4e-2 the
-# noise of a small batch ruined the model. The side blocks are mlp blocks, so that decoding keeps its cache.
+# noise of a small batch ruined the model. Of six settings tried on 96 validation rows at T = 12 this one had the lowest perplexity. The
+# side blocks are mlp blocks, so that decoding keeps its cache.
 METHODS: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[float, float]]] = {
-    "side": (lambda model: attach_side_network(model, SideNetworkConfig(block="mlp", layers=5)), (2e-3, 5e-3)),
+    "side": (lambda model: attach_side_network(model, SideNetworkConfig(block="mlp", layers=5)), (5e-3, 1e-2)),
     "lora": (PREPARATIONS["lora"], (1e-3, 5e-3)),
     "rev-lora": (PREPARATIONS["rev-lora"], (1e-3, 5e-3)),
     "bitfit": (PREPARATIONS["bitfit with added biases"], (1e-2, 1e-2)),
@@ -283,7 +284,7 @@ class Run:
     method: str
     seed: int = 0
     epsilon: float = 8.0
-    num_steps: int = 12
+    num_steps: int = 20
     batch_size: int = 128
     model: str = "default-decoder"
     max_tokens: int = 112
@@ -299,15 +300,20 @@ class Run:
 
     def settings(self) -> dict:
         """What tells this run from others in the table."""
+        code = {"beams": 4, "code": hash_of_code(_CODE, syntax_of("generation", _OF_THIS_MODULE))}
+        if self.method == UNTRAINED:
+            return {name: getattr(self, name) for name in ("model", "max_tokens", "num_prompts", "num_beam_prompts")} | code
         rest = {name: value for name, value in asdict(self).items() if name not in ("method", "seed", "epsilon")}
-        rates = None if self.method == UNTRAINED else list(METHODS[self.method][1])
-        return {**rest, "target_epsilon": self.epsilon, "rates": rates, "clipping": "automatic", "optimizer": "adamw", "beams": 4,
-                "code": hash_of_code(_CODE, syntax_of("generation", _OF_THIS_MODULE))}
+        return {**rest, "target_epsilon": self.epsilon, "rates": list(METHODS[self.method][1]), "clipping": "automatic",
+                "optimizer": "adamw", **code}
+
+    def is_of(self, settings: dict) -> bool:
+        """Whether a row with these settings is of this run, code and seed aside."""
+        return all(settings.get(name) == value for name, value in self.settings().items() if name != "code")
 
 
 # What is asked first comes first: an interrupted list has answered something.
-RUNS = [Run(UNTRAINED), Run("side"), Run("lora"), *(Run(method, num_steps=20) for method in ("side", "lora")),
-        *(Run(method, seed) for seed in (1, 2) for method in ("side", "lora")),
+RUNS = [Run(UNTRAINED), Run("side"), Run("lora"), *(Run(method, seed) for seed in (1, 2) for method in ("side", "lora")),
         *(Run(method, seed) for seed in range(3) for method in ("rev-lora", "bitfit"))]
 
 
@@ -324,7 +330,7 @@ def finished(run: Run) -> bool:
     with open(TABLE, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             have = json.loads(row["settings"])
-            if row["method"] == run.method and {**wanted, **have, "code": ""} == {**wanted, "code": ""}:
+            if row["method"] == run.method and run.is_of(have):
                 if have.get("code", wanted["code"]) != wanted["code"]:
                     raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have['code']}, now {wanted['code']}): move "
                                      f"them away, or check out the code that made them (commit {row['commit']})")
