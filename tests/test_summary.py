@@ -153,3 +153,14 @@ def test_goals_say_what_the_rows_say():
         kind, bound = found.loc[what, "goal"].split()[1:]
         assert float(found.loc[what, "reached"]) == pytest.approx(value, abs=6e-3)
         assert (found.loc[what, "met"] == "yes") == (value <= float(bound) if kind == "most" else value >= float(bound))
+
+
+@pytest.mark.parametrize("name", ["31_classification", "90_summary"])
+def test_the_committed_notebooks_show_todays_rows(name):
+    """Every cell of the tables that they print is in their stored outputs: appended rows make them stale."""
+    stored = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    shown = json.dumps([cell.get("outputs", []) for cell in stored["cells"]], ensure_ascii=False)
+    tables = [summary.accuracy_table(dataset) for dataset in summary.accuracies()["dataset"].unique()]
+    tables += [summary.headline(), summary.goals()] if name == "90_summary" else []
+    missing = [value for table in tables for value in table.to_numpy().ravel() if value not in shown]
+    assert not missing, f"make refresh NOTEBOOK={name[:2]}: {len(missing)} values are not in it, {missing[0]} for one"
