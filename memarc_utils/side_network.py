@@ -43,7 +43,8 @@ class SideNetworkConfig:
         gate: how a block's input joins the ladder: one α (``scalar``), one a channel (``vector``), or a plain sum (``none``).
         layers: ``all``, or k for a side block beside every k-th backbone block (the last one always).
         mix: ``residual``, h + U s with U = 0 at the start; ``gated``, a h + (1 − a) U s with a = 1 at the start (QST).
-        initial_weights: ``random``, or ``magnitude``: from the backbone's largest weights. Never from data.
+        initial_weights: ``random``, or ``magnitude``: from the backbone's largest weights. Never from data. Made for a learned downsample,
+            which starts as the choice of the same channels; other ones mix channels, so it says little to them.
         heads: attention heads of a side block.
     """
 
