@@ -79,7 +79,7 @@ class Method:
 
 _SIDE_CODE = ("side_network", "side_blocks", "feature_cache")
 _REVERSIBLE_CODE = ("couplings", "reversal", "reversible")
-_SIDE_RATES = {"private_rates": (2e-3, 4e-2, 4e-2), "rates": (1e-3, 1e-3, 1e-3), "cached": True, "code": _SIDE_CODE}
+_SIDE_RATES = {"private_rates": (2e-3, 4e-2, 4e-2), "rates": (1e-3, 1e-2, 1e-2), "cached": True, "code": _SIDE_CODE}
 METHODS: dict[str, Method] = {
     "linear-probe": Method(_probe_on_features, (1e-1, 1e-1, 1e-1), (1e-2, 1e-2, 1e-2), True, _SIDE_CODE),
     "side-cached": Method(_side(), **_SIDE_RATES),
