@@ -187,20 +187,25 @@ class Cell:
 
 @functools.lru_cache(None)
 def syntax_of(module: str, only: tuple[str, ...] = ()) -> str:
-    """Of a module, or of some functions and annotated names of it; without docstrings, comments and layout."""
+    """Of a module, or of some functions and constants of it; without docstrings, comments and layout."""
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             body[0].value.value = ""
-    named = [(getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None), node) for node in tree.body]
-    return "".join(ast.dump(node) for name, node in named if not only or name in only)
+    named = {}
+    for node in tree.body:
+        target = getattr(node, "targets", [getattr(node, "target", None)])[0]
+        named[getattr(node, "name", None) or getattr(target, "id", None) or len(named)] = ast.dump(node)
+    if unknown := set(only) - set(named):
+        raise ValueError(f"{module}.py defines no {sorted(unknown, key=str)[0]}: its hash would be of something else")
+    return "".join(text for name, text in named.items() if not only or name in only)
 
 
-def hash_of_code(modules: tuple[str, ...], more: str = "") -> str:
-    """Of what the shared modules, some more of them and a text say; docstrings, comments and layout do not count."""
+def hash_of_code(modules: tuple[str, ...], more: str = "", trained: bool = True) -> str:
+    """Of what some modules, those that every training rests on, and a text say; docstrings, comments and layout do not count."""
     digest = hashlib.sha256(more.encode())
-    for module in (*_SHARED_CODE, *modules):
+    for module in (*(_SHARED_CODE if trained else ()), *modules):
         digest.update(syntax_of(module).encode())
     return digest.hexdigest()[:12]
 
@@ -362,8 +367,8 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
         found, ran = run_cell(cell), ran + 1
         private = math.isfinite(cell.epsilon)
         for split in ("validation", "test"):  # in this order: `finished` looks for the last one
-            append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model=name_of(cell.model), dataset=cell.dataset,
-                          num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
+            append_result(table_of(cell.experiment), experiment=cell.experiment, method=cell.method, model=name_of(cell.model),
+                          dataset=cell.dataset, num_train=found["num_train"], epsilon=found.get("epsilon", math.inf),
                           delta=found.get("delta"), accountant="pld" if private else None, noise_multiplier=found.get("sigma"),
                           sample_rate=found.get("sample_rate"), num_steps=cell.num_steps if private else None,
                           max_grad_norm=cell.max_grad_norm if private else None, seed=cell.seed, metric=f"{split}_accuracy",

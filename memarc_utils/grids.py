@@ -1,10 +1,9 @@
 """The recorded experiments as lists of cells, and the command that runs them.
 
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them: classification, the
-ablations of notebooks 40, 41 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
-machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step
-of each method takes, on a machine that does nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the
-measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
+ablations of notebooks 40 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
+machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step of each method takes, on a machine that does
+nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
 ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
 """
 
@@ -70,8 +69,9 @@ def _rates() -> list[Cell]:
             for method, tried in _LONG_RATES.items() for rates in tried]
     without = [Cell("31_rates", "film_reviews", method, math.inf, 0, rates=rates, **_CACHED)
                for method, tried in _OPEN_RATES.items() for rates in tried]
-    return long + without + [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **(_CACHED if METHODS[method].cached else _THROUGH))
-                   for method, tried in _RATES.items() for rates in tried]
+    budgets = {method: _CACHED if METHODS[method].cached else _THROUGH for method in _RATES}
+    return long + without + [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **budgets[method])
+                             for method, tried in _RATES.items() for rates in tried]
 
 
 # --------------------------------------------------------------------------------------------------------- ablations
@@ -99,19 +99,14 @@ def _side_width() -> list[Cell]:
     """What `notebooks/40_ablation_side_width` reads."""
     few = {"num_train": 4096, "max_tokens": 32}
     short, longer = {**few, "num_steps": 30, "batch_size": 512}, {**few, "num_steps": 60, "batch_size": 1024}
-    ways = {"linear probe": {"method": "linear-probe"}, **{name: {"method": "side-cached", "side": side} for name, side in side_settings().items()}}
+    ways = {name: {"method": "side-cached", "side": side} for name, side in side_settings().items()}
+    ways["linear probe"] = {"method": "linear-probe"}
     cells = [cell for way in ways.values() for cell in _over_seeds("40_side_width", epsilon=8.0, **short, **way)]
     cells += [cell for name in ("linear probe", "slim") for cell in _over_seeds("40_side_width", epsilon=8.0, **longer, **ways[name])]
     cells += _over_seeds("40_side_width", "side-cached", 8.0, without_noise=True, rates=_LONG_RATES["side-cached"][0], **_LONG)
-    return cells + [cell for name in ("linear probe", "default", "slim") for target, more in ((math.inf, {}), (8.0, {"without_noise": True}))
+    free = ((math.inf, {}), (8.0, {"without_noise": True}))
+    return cells + [cell for name in ("linear probe", "default", "slim") for target, more in free
                     for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]
-
-
-def _clipping() -> list[Cell]:
-    """What `notebooks/41_ablation_clipping` reads."""
-    ways = [("automatic", 1.0), *((clipping, bound) for clipping in ("flat", "per_layer") for bound in (0.01, 1.0, 10.0, 100.0))]
-    return [cell for clipping, bound in ways
-            for cell in _over_seeds("41_clipping", "side-cached", 8.0, clipping=clipping, max_grad_norm=bound, **_CACHED)]
 
 
 def _batch_size() -> list[Cell]:
@@ -131,7 +126,7 @@ def _batch_size() -> list[Cell]:
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
     "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS},
-    "side_width": _side_width, "clipping": _clipping, "batch_size": _batch_size}
+    "side_width": _side_width, "batch_size": _batch_size}
 
 
 def _step_cases() -> list[StepCase]:
@@ -228,13 +223,14 @@ def record_plans(shapes: tuple[str, ...] = ("roberta-large", "gpt2-large"), expe
 
 
 def _recheck(arguments: list[str]) -> None:
-    """One recorded cell of a method again, by today's code."""
+    """Of a method's recorded cells again, by today's code, one for each code that made them."""
     dataset, method = arguments if len(arguments) == 2 else ("", "")
     cells = [cell for cell in GRIDS.get(dataset, list)() if cell.method == method]
     cells = [cell for cell in cells if any(row["seed"] == str(cell.seed) for row, _ in rows_of(cell))]
     if not cells:
         raise SystemExit(f"nothing is recorded of method {method!r} on data {dataset!r}: write recheck film_reviews lora, for instance")
-    print("the same numbers by today's code" if recheck(cells[0]) else "the rows are of today's code already")
+    again = [recheck(cell) for cell in cells]  # runs where the code that made the row is not known to be the same by then
+    print("the same numbers by today's code" if any(again) else "the rows are of today's code already")
 
 
 def main(arguments: list[str]) -> None:
@@ -255,7 +251,8 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"SHARD must be i/n with 0 <= i < n, such as 1/4, got {shard!r}")
     part = int(index), int(count)
     for name in names:
-        print(f"{name}: {generation.run_missing(part) if name == 'e2e' else run_grid(GRIDS[name](), part)} cells ran")
+        ran = generation.run_missing(part) if name == "e2e" else run_grid(GRIDS[name](), part)
+        print(f"{name}: {ran} cells ran")
 
 
 if __name__ == "__main__":

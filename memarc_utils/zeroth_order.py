@@ -281,8 +281,8 @@ class ZerothOrderOptimizer:
             generator = torch.Generator(parameter.device).manual_seed(seed)
             rows = torch.atleast_1d(parameter)
             for piece in rows.split(max(1, DIRECTION_PIECE * len(rows) // rows.numel())):
-                z = torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
-                piece.add_(z.normal_(generator=generator), alpha=scale)
+                like = {"dtype": piece.dtype, "device": piece.device}
+                piece.add_(torch.empty(piece.shape, **like).normal_(generator=generator), alpha=scale)  # unnamed: gone before the next
 
     def _differences(self, micro_batches: list, loss_per_example: Callable, seeds: Int[Tensor, " parameters"], first: bool, last: bool
                      ) -> Float[Tensor, " examples"]:

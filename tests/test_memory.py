@@ -274,6 +274,7 @@ def test_a_step_on_the_cpu_is_measured_there_beside_a_gpu(monkeypatch):
         return torch.ones(5000) + torch.ones(5000)
 
     want, held = measure_step(step, repeats=1).peak_bytes, held_bytes(step)
-    for name, value in (("is_available", True), ("memory_allocated", 0), ("max_memory_allocated", 0), ("synchronize", None), ("reset_peak_memory_stats", None)):
+    for name, value in (("is_available", True), ("memory_allocated", 0), ("max_memory_allocated", 0), ("synchronize", None),
+                        ("reset_peak_memory_stats", None)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert measure_step(step, repeats=1).peak_bytes == want == 60_000 and held_bytes(step) == held == 20_000

@@ -162,7 +162,7 @@ def test_a_longer_or_larger_batch_takes_more():
 
 def test_a_piece_of_a_direction_and_the_kernels_scratch_are_counted():
     whole = plan_memory("tiny", "full", 1, 1, engine="zeroth order")
-    assert whole.peak_bytes >= 4 * 101 * 64  # its largest parameter, the embedding, in one piece
+    assert whole.peak_bytes == 4 * 1026 * 64  # its largest parameter, the position table, in one piece
     assert whole.resident_bytes - whole.peak_bytes == 3_000_000
 
 
