@@ -30,8 +30,9 @@ FLOORS = [
     {"feature_cache", "saving", "training", "methods", "auditing"},
     {"planning"},
     {"memory"},
-    {"benchmark", "generation"},
+    {"benchmark"},
     {"experiments"},
+    {"generation"},
     {"grids", "ablations"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
