@@ -82,8 +82,8 @@ def check_batch_at_work(optimizer, num_losses: int) -> None:
         num_losses: that its step has seen so far.
 
     Raises:
-        ValueError: the batch is of another plan, of a second shuffle, has fewer examples, or has had its step: several batches in one step, or several
-            losses of one example, would move the sum by several C, and a batch that is used twice was drawn once.
+        ValueError: the batch is of another plan, of a second shuffle, has fewer examples, or has had its step: several batches in one
+            step, or several losses of one example, would move the sum by several C, and a batch that is used twice was drawn once.
     """
     if not _at_work:
         return

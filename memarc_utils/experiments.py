@@ -203,7 +203,7 @@ def syntax_of(module: str, only: tuple[str, ...] = ()) -> str:
 
 
 def hash_of_code(modules: tuple[str, ...], more: str = "", trained: bool = True) -> str:
-    """Of what some modules, those that every training rests on, and a text say; docstrings, comments and layout do not count."""
+    """Of what some modules and a text say, and if something was ``trained`` those that every training rests on."""
     digest = hashlib.sha256(more.encode())
     for module in (*(_SHARED_CODE if trained else ()), *modules):
         digest.update(syntax_of(module).encode())
@@ -348,6 +348,16 @@ def recheck(cell: Cell) -> bool:
     return True
 
 
+def without_row(items: list, finished: Callable, shard: tuple[int, int], name: str) -> Iterator:
+    """Of every n-th item from the i-th those that are not finished, under a progress bar. All are asked before the first is given out,
+    and each again in its turn: another process may have run it in the meantime."""
+    index, count = shard
+    missing = [item for item in items[index::count] if not finished(item)]
+    for item in training.progress(missing, name, len(missing)):
+        if not finished(item):
+            yield item
+
+
 def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
     """Runs the cells that have no row yet, and appends two rows for each: validation and test accuracy. Returns how many ran.
 
@@ -358,12 +368,8 @@ def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
     Raises:
         ValueError: see `finished`; found before anything runs.
     """
-    index, count = shard
-    missing = [cell for cell in cells[index::count] if not finished(cell)]
     ran = 0
-    for cell in training.progress(missing, "cells", len(missing)):
-        if finished(cell):  # by another process, in the meantime
-            continue
+    for cell in without_row(cells, finished, shard, "cells"):
         found, ran = run_cell(cell), ran + 1
         private = math.isfinite(cell.epsilon)
         for split in ("validation", "test"):  # in this order: `finished` looks for the last one

@@ -28,7 +28,7 @@ from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.backbones import load_backbone, load_tokenizer
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.data import load_text_dataset, tokenize_dataset
-from memarc_utils.experiments import hash_of_code, syntax_of
+from memarc_utils.experiments import hash_of_code, syntax_of, without_row
 from memarc_utils.methods import METHODS as PREPARATIONS
 from memarc_utils.recording import append_result
 from memarc_utils.side_network import SideNetwork, SideNetworkConfig, attach_side_network
@@ -390,11 +390,8 @@ def run_missing(shard: tuple[int, int] = (0, 1)) -> int:
     Raises:
         ValueError: see `finished`; found before anything runs.
     """
-    index, count = shard
-    missing = [run for run in RUNS[index::count] if not finished(run)]
     ran = 0
-    for run in training.progress(missing, "runs", len(missing)):
-        if not finished(run):  # by another process, in the meantime
-            execute(run)
-            ran += 1
+    for run in without_row(RUNS, finished, shard, "runs"):
+        execute(run)
+        ran += 1
     return ran

@@ -1,8 +1,10 @@
 """`generation`: decoding against a loop of argmax, one text at a time; scores by hand and by other routes; runs that go on."""
 
 import csv
+import functools
 import itertools
 import math
+from pathlib import Path
 
 import datasets
 import pytest
@@ -321,9 +323,23 @@ def test_rows_of_other_code_are_kept_apart(small_runs, monkeypatch):
     refused(lambda: finished(run("side", 1)), f"rows of side that other code made .0123456789ab, now {code}.")
     small_runs.write_text(small_runs.read_text().replace('""code"": ""0123456789ab"", ', ""))
     assert '"code"' not in small_runs.read_text() and finished(one)  # from before code was noted
-    other = syntax_of("generation", ("METHODS",))
-    monkeypatch.setattr(generation, "syntax_of", lambda *what: other)
-    assert one.settings()["code"] != code
+
+
+def test_the_code_of_a_run_is_its_own(monkeypatch):
+    """Its side network and what decodes and scores are in it; another method's rates are not; a name that is gone is told."""
+    before = {method: Run(method).settings()["code"] for method in ("side", "lora", UNTRAINED)}
+    assert len(set(before.values())) == 3
+    wider = functools.partial(attach_side_network, config=SideNetworkConfig(block="mlp", layers=3))
+    monkeypatch.setitem(METHODS, "side", (wider, (1.0, 1.0)))
+    assert [Run(method).settings()["code"] == code for method, code in before.items()] == [False, True, True]
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how).replace("_NIST_ORDER = 5", "_NIST_ORDER = 4"))
+    syntax_of.cache_clear()
+    changed = Run("lora").settings()["code"]
+    monkeypatch.undo()
+    syntax_of.cache_clear()
+    assert changed != before["lora"] == Run("lora").settings()["code"]
+    refused(lambda: syntax_of("generation", ("rouge_2",)), "generation.py defines no rouge_2")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -556,7 +556,8 @@ class Keeping(nn.Module):
         return self.out(hidden)
 
 
-@pytest.mark.parametrize("how, sizes", [("graph", (8, 8)), ("append", (8, 8)), ("shape", (8, 9)), ("shape", (8, 7)), ("counts", (8, 8)), ("type", (8, 8))])
+@pytest.mark.parametrize("how, sizes", [("graph", (8, 8)), ("append", (8, 8)), ("shape", (8, 9)), ("shape", (8, 7)), ("counts", (8, 8)),
+                                        ("type", (8, 8))])
 def test_state_kept_with_its_graph(how, sizes):
     model = Keeping(how)
     private = private_sgd(model)
