@@ -126,7 +126,8 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     place = parent / _key(side, dataset)
     if not (place / "complete.json").is_file():
         place.mkdir(parents=True, exist_ok=True)
-        there = sum(path.stat().st_size for path in place.glob("[tf]*_*.bin"))
+        whole = [path.name.removeprefix("final") for path in place.glob("final_*.bin")]  # shards without this file are written again
+        there = sum((place / f"{part}{shard}").stat().st_size for shard in whole for part in ("taps", "final"))
         needed, free = cache_bytes(model, sum(lengths)) - there, shutil.disk_usage(place).free
         if needed > free:
             raise ValueError(f"the features take {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free: a frozen downsample (pooled, "

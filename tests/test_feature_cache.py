@@ -156,6 +156,12 @@ def test_what_is_written_needs_no_second_room(tmp_path, monkeypatch):
     (place / "complete.json").unlink()  # as if the run had been stopped at the end
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     cache_features(model, rows, folder=tmp_path)
+    (place / "complete.json").unlink()
+    (place / "final_0000.bin").unlink()  # a shard without it is written again, and its taps are no room won
+    final = 4 * side_of(model).width * sum(len(row["input_ids"]) for row in rows)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": final}))
+    with pytest.raises(ValueError, match="GB more and .* GB are free"):
+        cache_features(model, rows, folder=tmp_path)
 
 
 def test_an_interrupted_cache_goes_on_and_a_half_written_one_is_not_used(tmp_path, monkeypatch):
