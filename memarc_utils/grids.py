@@ -1,7 +1,7 @@
 """The recorded experiments as lists of cells, and the command that runs them.
 
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them: classification, the
-ablations of notebooks 40 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
+ablations of notebooks 40, 41 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
 machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step of each method takes, on a machine that does
 nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
 ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
@@ -47,7 +47,7 @@ _OPEN_RATES = {"linear-probe": [(rate,) * 3 for rate in (2e-3, 1e-2, 5e-2)],
                "side-cached": [*((rate,) * 3 for rate in (5e-4, 1e-3, 2e-3)), (1e-3, 1e-2, 1e-2)]}
 
 
-def _cells(dataset: str, methods: list[str], epsilons: tuple[float, ...] = (8.0, 3.0, 1.0, math.inf), **settings) -> list[Cell]:
+def _cells(dataset: str, methods: list[str], epsilons: tuple[float, ...] = (8.0, 3.0, 1.0, math.inf, 1.6), **settings) -> list[Cell]:
     return [Cell("31_classification", dataset, method, epsilon, seed, **settings)
             for epsilon in epsilons for seed in range(3) for method in methods]
 
@@ -57,7 +57,7 @@ def _classification(dataset: str) -> list[Cell]:
     variants = [name for name in METHODS if name.startswith("side-cached ")]
     return [*_cells(dataset, ["linear-probe", "side-cached"], **_CACHED),
             *(cell for method, tried in _LONG_RATES.items()
-              for cell in _cells(dataset, [method], (8.0, 3.0, 1.0), rates=tried[0], **_LONG)),  # the first validates best, or no worse
+              for cell in _cells(dataset, [method], (8.0, 3.0, 1.0, 1.6), rates=tried[0], **_LONG)),  # the first validates best, or no worse
             *_cells(dataset, ["lora", "rev-lora", "full", "bitfit"], **_THROUGH),
             *_cells(dataset, variants, **_CACHED),
             *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH),
@@ -109,6 +109,13 @@ def _side_width() -> list[Cell]:
                     for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]
 
 
+def _clipping() -> list[Cell]:
+    """What `notebooks/41_ablation_clipping` reads."""
+    ways = [("automatic", 1.0), *((clipping, bound) for clipping in ("flat", "per_layer") for bound in (0.01, 1.0, 10.0, 100.0))]
+    return [cell for clipping, bound in ways
+            for cell in _over_seeds("41_clipping", "side-cached", 8.0, clipping=clipping, max_grad_norm=bound, **_CACHED)]
+
+
 def _batch_size() -> list[Cell]:
     """What `notebooks/43_ablation_batch_size_and_noise` reads."""
     def probe(batch: int, steps: int, rate: float = 0.02) -> list[Cell]:
@@ -126,7 +133,7 @@ def _batch_size() -> list[Cell]:
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
     "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS},
-    "side_width": _side_width, "batch_size": _batch_size}
+    "side_width": _side_width, "clipping": _clipping, "batch_size": _batch_size}
 
 
 def _step_cases() -> list[StepCase]:

@@ -12,7 +12,7 @@ from memarc_utils.plotting import label
 DEFAULT_MODEL = "all-MiniLM-L6-v2"  # what the default encoder is
 CONTAMINATED = {"mnli": DEFAULT_MODEL, "qnli": DEFAULT_MODEL, "qqp": DEFAULT_MODEL}
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "results"
-EPSILONS = (1.0, 3.0, 8.0, math.inf)
+EPSILONS = (1.0, 1.6, 3.0, 8.0, math.inf)
 # Rows of the README's table: name there, method in the accuracy grid, method and settings in the step costs.
 HEADLINE = {
     "full fine-tuning": ("full", "full", {}),
