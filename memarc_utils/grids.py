@@ -64,6 +64,11 @@ def _classification(dataset: str) -> list[Cell]:
             *_cells(dataset, ["rev-lora quarter"] if dataset == "film_reviews" else [], (8.0,), **_THROUGH)]
 
 
+def _equal_steps() -> list[Cell]:
+    """DP-LoRA with the steps of the cached methods, not their time: what of a difference between them is due to that."""
+    return _over_seeds("31_equal_steps", "lora", 8.0, autocast=True, **_CACHED)
+
+
 def _rates() -> list[Cell]:
     long = [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **_LONG)
             for method, tried in _LONG_RATES.items() for rates in tried]
@@ -132,7 +137,7 @@ def _batch_size() -> list[Cell]:
 
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
-    "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS},
+    "rates": _rates, "equal_steps": _equal_steps, **{name: functools.partial(_classification, name) for name in DATASETS},
     "side_width": _side_width, "clipping": _clipping, "batch_size": _batch_size}
 
 
