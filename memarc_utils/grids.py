@@ -104,11 +104,14 @@ def _side_width() -> list[Cell]:
     """What `notebooks/40_ablation_side_width` reads."""
     few = {"num_train": 4096, "max_tokens": 32}
     short, longer = {**few, "num_steps": 30, "batch_size": 512}, {**few, "num_steps": 60, "batch_size": 1024}
-    ways = {name: {"method": "side-cached", "side": side} for name, side in side_settings().items()}
+    sides = side_settings()
+    ways = {name: {"method": "side-cached", "side": side} for name, side in sides.items()}
     ways["linear probe"] = {"method": "linear-probe"}
     cells = [cell for way in ways.values() for cell in _over_seeds("40_side_width", epsilon=8.0, **short, **way)]
     cells += [cell for name in ("linear probe", "slim") for cell in _over_seeds("40_side_width", epsilon=8.0, **longer, **ways[name])]
     cells += _over_seeds("40_side_width", "side-cached", 8.0, without_noise=True, rates=_LONG_RATES["side-cached"][0], **_LONG)
+    cells += [*_over_seeds("40_side_width", "side-cached", 8.0, side=sides["slim"], rates=_LONG_RATES["side-cached"][0], **_LONG),
+              *_over_seeds("40_side_width", "side-cached", math.inf, side=sides["slim"])]
     free = ((math.inf, {}), (8.0, {"without_noise": True}))
     return cells + [cell for name in ("linear probe", "default", "slim") for target, more in free
                     for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]

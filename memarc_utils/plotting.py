@@ -91,6 +91,7 @@ def plot_memory_against_accuracy(
     accuracy: str = "accuracy",
     accuracy_std: str | None = None,
     num_runs: str | None = None,
+    names: bool = True,
     axes: Axes | None = None,
 ) -> Axes:
     """Accuracy of each method over the memory it needs: up and to the left is better.
@@ -101,6 +102,7 @@ def plot_memory_against_accuracy(
         accuracy: column of the test accuracy, between 0 and 1 (mean over seeds).
         accuracy_std: column of its standard deviation over seeds, drawn as a bar.
         num_runs: column of the number of seeds; fewer than 3 are drawn hollow.
+        names: write each method's beside its mark; where marks lie close together leave them to a legend.
         axes: where to draw; a new figure when left out.
 
     Raises:
@@ -120,7 +122,10 @@ def plot_memory_against_accuracy(
             markersize=11,
             capsize=4,
             fillstyle="none" if num_runs and row[num_runs] < 3 else "full",
+            label=look.label,
         )
+        if not names:
+            continue
         crowded = any(abs(math.log(at[0] / x)) < 0.5 and abs(at[1] - y) < near for x, y in placed)
         offset, side = ((-10, -16), "right") if crowded else ((10, 6), "left")
         axes.annotate(look.label, at, xytext=offset, textcoords="offset points", ha=side)
@@ -130,7 +135,7 @@ def plot_memory_against_accuracy(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_xlim()
-    axes.set_xlim(low / 1.1, high * 1.6)  # room for the last label
+    axes.set_xlim(low / 1.1, high * (1.6 if names else 1.1))  # room for the last name
     axes.margins(y=0.2)
     axes.set_xlabel("peak memory above the model (MB, logarithmic)")
     axes.set_ylabel("test accuracy (%)")

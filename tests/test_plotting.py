@@ -34,6 +34,12 @@ def test_memory_against_accuracy_draws_each_method_where_the_table_says():
     assert axes.get_xscale() == "log"
 
 
+def test_names_can_be_left_to_a_legend():
+    axes = plotting.plot_memory_against_accuracy(TABLE, names=False)
+    assert [text.get_text() for text in axes.texts] == []
+    assert axes.get_legend_handles_labels()[1] == ["non-private", "side network"]
+
+
 def test_few_runs_are_drawn_hollow_and_labels_keep_apart():
     table = pd.DataFrame({"method": ["lora", "bitfit"], "peak_memory_mb": [100.0, 101.0], "accuracy": [0.73, 0.729], "n": [3, 2]})
     axes = plotting.plot_memory_against_accuracy(table, num_runs="n")
