@@ -146,12 +146,12 @@ class Cell:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if not self.epsilon > 0:
+        if not (isinstance(self.epsilon, (int, float)) and self.epsilon > 0):
             raise ValueError(f"epsilon must be above 0, or math.inf for training without privacy, got {self.epsilon!r}")
         for name, least in (("seed", 0), ("num_steps", 1), ("batch_size", 1), ("epochs", 1), ("max_tokens", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {getattr(self, name)!r}")
-        if self.rates is not None and (len(self.rates) != 3 or not all(rate > 0 for rate in self.rates)):
+        if self.rates is not None and (len(self.rates) != 3 or not all(isinstance(rate, (int, float)) and rate > 0 for rate in self.rates)):
             raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
                              f"{self.rates!r}")
         check_clipping(self.clipping, self.max_grad_norm)
@@ -163,6 +163,8 @@ class Cell:
         if self.side is not None:
             if self.method != "side-cached":
                 raise ValueError(f"side is for the method side-cached, got it with {self.method}")
+            if unknown := sorted(set(self.side) - set(SideNetworkConfig.__dataclass_fields__)):
+                raise ValueError(f"side has no setting {unknown[0]!r}: take some of {', '.join(SideNetworkConfig.__dataclass_fields__)}")
             SideNetworkConfig(**self.side)  # refuses what a side network would refuse
         if self.autocast and METHODS[self.method].cached:
             raise ValueError(f"autocast is for methods that run the backbone; {self.method} reads features from a cache")
@@ -217,17 +219,16 @@ def code_of(method: str) -> str:
 
 
 @functools.lru_cache(2)
-def _data(name: str, max_tokens: int, model: str = _MODEL) -> dict:
-    tokenizer = load_tokenizer(model)
-    return {split: tokenize_dataset(load_text_dataset(name, split), tokenizer, max_tokens).to_list()
-            for split in ("train", "validation", "test")}
+def _data(name: str, max_tokens: int, model: str = _MODEL) -> tuple[dict[str, list], int]:
+    """Rows by split, and the number of classes: of the public list, since a rare class that one example alone has would give it away."""
+    tokenizer, texts = load_tokenizer(model), {split: load_text_dataset(name, split) for split in ("train", "validation", "test")}
+    return {split: tokenize_dataset(text, tokenizer, max_tokens).to_list() for split, text in texts.items()}, texts["train"].features["label"].num_classes
 
 
 def run_cell(cell: Cell) -> dict[str, float | int]:
     """Trains and measures one cell: ``test_accuracy``, ``validation_accuracy``, ``share`` (of the parameters that train),
     ``num_train``, and of a private run ``epsilon``, ``sigma``, ``delta`` and ``sample_rate``."""
-    method, rows = METHODS[cell.method], _data(cell.dataset, cell.max_tokens, cell.model)
-    labels = len({row["labels"] for row in rows["train"]})
+    method, (rows, labels) = METHODS[cell.method], _data(cell.dataset, cell.max_tokens, cell.model)
     rows = {split: _some(some, cell.num_train if split == "train" else cell.num_test) for split, some in rows.items()}
     torch.manual_seed(cell.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,7 +262,7 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
 
 def majority_share(cell: Cell) -> float:
     """Share of the largest class among the cell's test examples: what a model reaches that has learned nothing."""
-    labels = [row["labels"] for row in _some(_data(cell.dataset, cell.max_tokens, cell.model)["test"], cell.num_test)]
+    labels = [row["labels"] for row in _some(_data(cell.dataset, cell.max_tokens, cell.model)[0]["test"], cell.num_test)]
     return max(map(labels.count, set(labels))) / len(labels)
 
 

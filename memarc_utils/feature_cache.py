@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 
 from memarc_utils.backbones import REPOSITORY
@@ -30,6 +31,7 @@ _FORMAT = 2
 _ROWS_PER_SHARD = 4096
 _OF_THE_FILE = ("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id",
                 "problem_type", "use_cache")  # of a configuration: change no feature
+_CODE = ("backbones", "feature_cache", "side_blocks", "side_network")  # makes the features: another text of it, another cache
 _TOKEN_COLUMNS = ("input_ids", "token_type_ids", "position_ids")  # what a row's features depend on
 
 
@@ -103,7 +105,7 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     """Computes what is missing of the cache, and opens it.
 
     Files are named by what they depend on: the rows' tokens, the backbone's weights and configuration, autocast, the taps and the
-    downsample. A cache of anything else is never read. A shard is written to another name first, so an interrupted run goes on where
+    downsample, this code and the version of ``transformers``. A cache of anything else is never read. A shard is written to another name first, so an interrupted run goes on where
     it stopped.
 
     Args:
@@ -114,11 +116,13 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
         progress: wraps the iteration over shards, for instance ``training.progress``.
 
     Raises:
-        ValueError: no side network, no rows, not enough room on the disk, or a file of another size than when it was written.
+        ValueError: no side network, no rows, no batch size, not enough room on the disk, or a file of another size than when it was written.
     """
     side = side_of(model)
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there are no features to keep")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
     if padded := [i for i in range(len(dataset)) if not all(dataset[i].get("attention_mask", ()))]:
         raise ValueError(f"row {padded[0]} is padded (its attention_mask has zeros): give rows without padding, it is added for each batch")
@@ -126,19 +130,20 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     place = parent / _key(side, dataset)
     if not (place / "complete.json").is_file():
         place.mkdir(parents=True, exist_ok=True)
-        whole = [path.name.removeprefix("final") for path in place.glob("final_*.bin")]  # shards without this file are written again
-        there = sum((place / f"{part}{shard}").stat().st_size for shard in whole for part in ("taps", "final"))
+        files = [[place / f"{part}_{number:04}.bin" for part in ("taps", "final")] for number in range(-(-len(dataset) // _ROWS_PER_SHARD))]
+        missing = [number for number, pair in enumerate(files) if not all(file.is_file() for file in pair)]
+        there = sum(file.stat().st_size for number, pair in enumerate(files) if number not in missing for file in pair)
         needed, free = cache_bytes(model, sum(lengths)) - there, shutil.disk_usage(place).free
         if needed > free:
             raise ValueError(f"the features take {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free: a frozen downsample (pooled, "
                              "orthogonal) is kept at side width, and layers=2 keeps half; or give another folder")
-        shards = range(0, len(dataset), _ROWS_PER_SHARD)
-        for number, start in enumerate(progress(shards, "features", len(shards)) if progress else shards):
-            if not (place / f"final_{number:04}.bin").is_file():
+        for number in progress(missing, "features", len(missing)) if progress else missing:
+            if not all(file.is_file() for file in files[number]):  # another process may have written it in the meantime
+                start = number * _ROWS_PER_SHARD
                 _write_shard(model, side, dataset, range(start, min(start + _ROWS_PER_SHARD, len(dataset))), batch_size, place, number)
         np.save(place / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]))
         np.save(place / "sums.npy", np.array([_checksum(dataset[i]) for i in range(len(dataset))], dtype=np.uint32))
-        _put(place / "complete.json", json.dumps({"shards": len(shards), "taps": len(side.taps), "width": side.tapped_width,
+        _put(place / "complete.json", json.dumps({"shards": len(files), "taps": len(side.taps), "width": side.tapped_width,
                                                   "final": side.width}).encode())
     return CachedFeatures(dataset, place)
 
@@ -175,6 +180,9 @@ def _key(side: SideNetwork, dataset) -> str:
     device = next(side.backbone.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest = hashlib.sha256(f"{_FORMAT} {_ROWS_PER_SHARD} {side.taps} {kept} {side.tapped_width} {side.width} {autocast}".encode())
+    for module in _CODE:
+        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
+    digest.update(transformers.__version__.encode())
     settings = {name: value for name, value in side.config.to_dict().items() if name not in _OF_THE_FILE}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())  # heads or activation show in no weight
     for name, tensor in sorted(side.backbone.state_dict().items()):

@@ -257,8 +257,8 @@ METHODS: dict[str, tuple[Callable[[nn.Module], nn.Module], tuple[float, float]]]
 }
 UNTRAINED = "untrained"
 TABLE = RESULTS / "32_generation.csv"
-# What the scores rest on, beside the engine.
-_CODE = ("side_network", "side_blocks", "couplings", "reversal", "reversible")
+_SCORED_BY = ("backbones", "batch_selection", "data", "padding", "training")  # what the scores of any model rest on
+_CODE = ("side_network", "side_blocks", "couplings", "reversal", "reversible")  # beside the engine
 _OF_THIS_MODULE = ("TEMPLATE", "_NIST_ORDER", "prompts_and_references", "why_no_cache", "generate_texts", "_prompt_ids", "_padded_left",
                    "execute", "_scores_on_e2e", "scores", "bleu", "rouge_l", "nist", "perplexity")
 _UNITS = {"bleu": "points", "rouge_l": "points", "nist": "", "beam_bleu": "points", "beam_rouge_l": "points", "beam_nist": "",
@@ -296,6 +296,9 @@ class Run:
     def __post_init__(self) -> None:
         if self.method not in (*METHODS, UNTRAINED):
             raise ValueError(f"method must be one of {', '.join((*METHODS, UNTRAINED))}, got {self.method!r}")
+        for name, kind in (("epsilon", (int, float)), ("num_steps", int), ("batch_size", int), ("max_tokens", int)):
+            if not isinstance(getattr(self, name), kind) or not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite {'whole ' if kind is int else ''}number above 0, got {getattr(self, name)!r}")
         if not 1 <= self.num_beam_prompts <= self.num_prompts:
             raise ValueError(f"num_beam_prompts must be between 1 and num_prompts={self.num_prompts}, got {self.num_beam_prompts}")
 
@@ -304,7 +307,7 @@ class Run:
         scored = syntax_of("generation", _OF_THIS_MODULE)
         if self.method == UNTRAINED:
             shown = {name: getattr(self, name) for name in ("model", "max_tokens", "num_prompts", "num_beam_prompts")}
-            return {**shown, "beams": 4, "code": hash_of_code(("backbones", "data"), scored, trained=False)}
+            return {**shown, "beams": 4, "code": hash_of_code(_SCORED_BY, scored, trained=False)}
         prepare, rates = METHODS[self.method]
         code = hash_of_code(_CODE, scored + repr(getattr(prepare, "keywords", None)))
         rest = {name: value for name, value in asdict(self).items() if name not in ("method", "seed", "epsilon")}
@@ -325,7 +328,7 @@ def finished(run: Run) -> bool:
     """Whether the run's last row is in the table.
 
     Raises:
-        ValueError: the table has rows of the same setting that other code made. Rows from before code was noted count as they are.
+        ValueError: the table has rows of the same setting that other code made, or code that was not noted.
     """
     if not TABLE.exists():
         return False
@@ -333,8 +336,8 @@ def finished(run: Run) -> bool:
     with open(TABLE, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if row["method"] == run.method and run.is_of(have := json.loads(row["settings"])):
-                if have.get("code", wanted["code"]) != wanted["code"]:
-                    raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have['code']}, now {wanted['code']}): "
+                if have.get("code") != wanted["code"]:
+                    raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have.get('code', 'not noted')}, now {wanted['code']}): "
                                      f"move them away, or check out the code that made them (commit {row['commit']})")
                 found = found or (row["seed"] == str(run.seed) and row["metric"] == list(_UNITS)[-1])
     return found

@@ -36,12 +36,14 @@ _RATES = {
     "rev-lora": [(5e-4, 5e-3, 2e-2), (1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
     "ffa-lora": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
     "adapters": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
-    "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1)],
-    "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2)],
+    "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1), (2e-2, 2e-2, 2e-1)],
+    "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2), (2e-3, 2e-3, 1e-1)],
     "linear-probe": [(rate, rate, rate) for rate in (2e-2, 5e-2, 1e-1, 2e-1)],
     "side-cached": [(1e-3, 2e-2, 2e-2), (2e-3, 2e-2, 1e-1), (2e-3, 4e-2, 4e-2), (4e-3, 8e-2, 8e-2)],
 }
 _LONG_RATES = {"side-cached": [(1e-3, 1e-2, 1e-2), (1e-3, 2e-2, 2e-2)], "linear-probe": [(rate, rate, rate) for rate in (5e-2, 1e-1)]}
+# Other sizes for the cached side network, for about the time of the long budget or less: steps, batch, rates.
+_OTHER_SIZES = [(60, 2048, (2e-3, 4e-2, 4e-2)), (60, 4096, (2e-3, 4e-2, 4e-2)), (120, 2048, (1e-3, 2e-2, 2e-2)), (30, 4096, (4e-3, 8e-2, 8e-2))]
 
 _OPEN_RATES = {"linear-probe": [(rate,) * 3 for rate in (2e-3, 1e-2, 5e-2)],
                "side-cached": [*((rate,) * 3 for rate in (5e-4, 1e-3, 2e-3)), (1e-3, 1e-2, 1e-2)]}
@@ -72,6 +74,8 @@ def _equal_steps() -> list[Cell]:
 def _rates() -> list[Cell]:
     long = [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **_LONG)
             for method, tried in _LONG_RATES.items() for rates in tried]
+    long += [Cell("31_rates", "film_reviews", "side-cached", 8.0, 0, num_steps=steps, batch_size=batch, rates=rates)
+             for steps, batch, rates in _OTHER_SIZES]
     without = [Cell("31_rates", "film_reviews", method, math.inf, 0, rates=rates, **_CACHED)
                for method, tried in _OPEN_RATES.items() for rates in tried]
     budgets = {method: _CACHED if METHODS[method].cached else _THROUGH for method in _RATES}

@@ -5,10 +5,12 @@ own pad token moves the last real token of a decoder's classification head. Eith
 gradients of others, past any clipping.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from memarc_utils.book_keeping import holds_data
@@ -16,6 +18,9 @@ from memarc_utils.book_keeping import holds_data
 # What the padding of a column is filled with, beside input_ids. A column that is not named here must have rows of one length.
 _PADDING = {"labels": -100, "special_tokens_mask": 1,
             **dict.fromkeys(("attention_mask", "token_type_ids", "position_ids", "inputs_embeds"), 0)}
+
+# Columns that lie under `attention_mask`, one entry a token; others may have its width by chance.
+_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "inputs_embeds", "labels")
 
 
 def _is_sequence(value: Any) -> bool:
@@ -86,6 +91,46 @@ def _stacked(name: str, values: list, fills: Mapping[str, int | float]) -> Tenso
         return torch.tensor([list(value) + [fills[name]] * (longest - len(value)) for value in values])
     tensors = [torch.as_tensor(value) for value in values]
     return torch.stack([torch.cat([t, t.new_full((longest - len(t), *t.shape[1:]), fills[name])]) for t in tensors])
+
+
+def without_spare_padding(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same rows, no wider than the longest of them by its ``attention_mask``."""
+    if (lengths := lengths_of(batch)) is None or not int(lengths.max()):
+        return batch
+    width, longest = batch["attention_mask"].shape[1], int(lengths.max())
+
+    def of_tokens(name: str, t: Any) -> bool:  # labels of several classes are numbers with a point, and no tokens
+        return (name in _OF_TOKENS and isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width
+                and not (name == "labels" and t.is_floating_point()))
+
+    return type(batch)({name: t[:, :longest] if of_tokens(name, t) else t for name, t in batch.items()})
+
+
+def lengths_of(batch: Any) -> Int[Tensor, " batch"] | None:
+    """Up to which column each row's ``attention_mask`` lets it be read; None without a mask of tokens."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not len(mask) or not mask.shape[1] or not holds_data(mask):
+        return None
+    return ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).cpu()
+
+
+@contextlib.contextmanager
+def padding_checked(model: nn.Module) -> Iterator[None]:
+    """`check_padding` in every forward pass within, whoever calls it.
+
+    Raises:
+        ValueError: see `check_padding`.
+    """
+    def check(module, args, kwargs):
+        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+
+    classifiers = [module for module in model.modules() if isinstance(getattr(module, "score", None), nn.Module)]
+    hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in classifiers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:

@@ -383,13 +383,13 @@ def _check(config, method, batch_size, num_tokens, dtype, clipping, engine, task
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
     for name, value in (("batch_size", batch_size), ("num_tokens", num_tokens)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
     check_clipping(clipping, 1.0)
     if clipping != "flat" and engine not in ("book-keeping", "per-example"):
         raise ValueError(f"clipping={clipping!r} is our engine's: plan it with engine='book-keeping' or 'per-example', not {engine!r}")
-    positions = getattr(config, "max_position_embeddings", None) or num_tokens
-    if num_tokens > positions:
+    first = config.pad_token_id + 1 if config.model_type == "roberta" else 0  # position, of RoBERTa's
+    if num_tokens > (positions := (getattr(config, "max_position_embeddings", None) or math.inf) - first):
         raise ValueError(f"num_tokens={num_tokens} is more than the {positions} positions of this {config.model_type} model")
     if method.startswith("side-cached") and (checkpointing or engine == "zeroth order"):
         raise ValueError(f"{method} runs no backbone: plan it without checkpointing and not with zeroth order")

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memarc_utils.book_keeping import holds_data
+from memarc_utils.padding import lengths_of, without_spare_padding
 from memarc_utils.randomness import seed_from_operating_system
 
 # What lies below a zero has no gradient in the first step or two: the probe is repeated for it, but not for ever.
@@ -172,8 +173,10 @@ class LossProbe:
     The mean of half of the rows can be that of all up to so much by chance, so that one look in some dozens sees nothing of a batch
     mean; the next one does.
 
-    It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. Rows keep
-    their padding. A random loss differs from itself: then nothing can be said, and a warning says so. No generator moves.
+    Of rows under an ``attention_mask`` the longest stay out of that half where others are in it, and padding that only they needed is
+    cut off: a loss that is a mean over padded positions, say, is another one then.
+
+    It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. A random loss differs from itself: then nothing can be said, and a warning says so. No generator moves.
     """
 
     def __init__(self) -> None:
@@ -194,7 +197,10 @@ class LossProbe:
             return
         self.schedule.due = False
         rows = torch.randperm(len(losses), generator=self.schedule.generator)[:len(losses) // 2].sort().values
+        if (lengths := lengths_of(micro_batch)) is not None and bool((lengths[rows] < lengths.max()).any()):
+            rows = rows[lengths[rows] < lengths.max()]
         half, size = _rows(micro_batch, rows, len(losses)), losses[losses.isfinite()].abs().median().nan_to_num()
+        half = without_spare_padding(half) if lengths is not None else half
 
         def differ(first: Tensor, second: Tensor, tolerance: float) -> bool:
             finite = first.isfinite()
@@ -213,18 +219,19 @@ class LossProbe:
         if not coarse.seen or differ(alone, together, _TOLERANCE_16_BITS):
             raise ValueError("the losses mix examples: half of the rows alone have other losses than among all rows, so no clipping bounds "
                              "one example's share. Keep every example's loss to itself: reduction='none', no mean, norm or negatives "
-                             "over the batch. (A tensor of the micro-batch as long as the batch counts as one row an example: keep "
+                             "over the batch, none over positions that are padding. (A tensor of the micro-batch as long as the batch counts as one row an example: keep "
                              "constants out of it)")
 
 
 class SixteenBits(TorchDispatchMode):
-    """Notes whether any operation computes in fewer than 32 bits, also under an autocast that only the loss knows of."""
+    """Notes whether any operation computes in fewer than 32 bits, also under an autocast that only the loss knows of. A view of data that
+    is given in 16 bits (a cache of features) computes nothing."""
 
     seen = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.seen |= any(isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
+        self.seen |= not function.is_view and any(isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
         return result
 
 

@@ -249,7 +249,10 @@ def _checked(row: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"append_result: {column} must be finite; got {value}")
     if not isinstance(row["settings"], dict):
         raise ValueError(f"append_result: settings must be a dict, {{}} for nothing; got {row['settings']!r}")
-    return {**row, "settings": json.dumps(row["settings"], sort_keys=True, ensure_ascii=False)}
+    try:
+        return {**row, "settings": json.dumps(row["settings"], sort_keys=True, ensure_ascii=False)}
+    except TypeError as no_json:
+        raise ValueError(f"append_result: settings must hold plain numbers, texts, lists and dicts; {no_json}") from None
 
 
 def append_result(path: str | Path, **row: Any) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from memarc_utils.book_keeping import holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.model_checks import check_no_batch_statistics
-
-# Columns that lie under `attention_mask`, one entry a token; others may have its width by chance.
-_OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "inputs_embeds", "labels")
+from memarc_utils.padding import without_spare_padding
 
 
 @dataclass(frozen=True)
@@ -186,16 +184,7 @@ def _batch_size(micro_batch: dict[str, Tensor]) -> int:
 
 def _rows(micro_batch: dict[str, Tensor], rows: list[int]) -> dict[str, Tensor]:
     """The rows, no wider than the longest of them: where a longer neighbour's padding changed a loss, leaving it out shows it."""
-    batch = {k: t[rows] if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not holds_data(mask) or not bool(mask.any()):
-        return batch
-    width, longest = mask.shape[1], int(mask.any(0).nonzero().max()) + 1
-    def of_tokens(name, t):  # labels of several classes are numbers with a point, and no tokens
-        return (name in _OF_TOKENS and isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width
-                and not (name == "labels" and t.is_floating_point()))
-
-    return {name: t[:, :longest] if of_tokens(name, t) else t for name, t in batch.items()}
+    return dict(without_spare_padding({k: t[rows] if isinstance(t, Tensor) else t for k, t in micro_batch.items()}))
 
 
 def _gradient_alone(model, loss_per_example, one: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -81,8 +81,11 @@ class SideNetwork(nn.Module):
         super().__init__()
         if width % config.reduction:
             raise ValueError(f"reduction {config.reduction} does not divide the backbone's width {width}: take one of "
-                             f"{[r for r in (2, 4, 8, 16, 32, 64) if width % r == 0]}")
+                             f"{[r for r in (2, 4, 8, 16, 32, 64) if width % r == 0 and width > r]}")
         side = width // config.reduction
+        if side < 2:
+            raise ValueError(f"reduction {config.reduction} leaves a side width of {side}: one channel less its mean is zero, and nothing "
+                             f"below it would learn. Take at most {width // 2}")
         if config.block == "attention" and side % config.heads:
             raise ValueError(f"{config.heads} heads do not divide the side width {side} = {width} / {config.reduction}: "
                              "change heads or reduction")

@@ -42,13 +42,16 @@ def marked(dataset: str) -> str:
 
 def canonical_code(method: str, code: str) -> str:
     """The newest code known to give a method the same numbers as this one: ``data/results/same_results.json`` lists recorded cells that
-    were run again with other code and came out equal; under autocast, but for rounding (`experiments.recheck`)."""
+    were run again with other code and came out equal; under autocast, but for rounding (`experiments.recheck`). It vouches for the
+    method, by one of its cells for each older code, not for every setting."""
     path = RESULTS / "same_results.json"
     rechecked = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    newer = {row["old"]: row["new"] for row in rechecked if row["method"] == method}
-    while code in newer:
-        code = newer.pop(code)
-    return code
+    pairs = [(row["old"], row["new"]) for row in rechecked if row["method"] == method]
+    alike, size = {code}, 0
+    while len(alike) > size:
+        size = len(alike)
+        alike.update(each for pair in pairs if alike & set(pair) for each in pair)
+    return next((new for _, new in reversed(pairs) if new in alike), code)
 
 
 def results_of(experiment: str) -> pd.DataFrame:
@@ -72,16 +75,18 @@ def results_of(experiment: str) -> pd.DataFrame:
 def accuracies(experiment: str = "31_classification", model: str = DEFAULT_MODEL) -> pd.DataFrame:
     """Test accuracy of a model by each method on each data set at each target ε (``inf``: without privacy) over its seeds.
 
-    Where a method was run with several settings, those with the best mean *validation* accuracy count.
+    Where a method was run with several settings, those with the most seeds count, and among them the best mean *validation* accuracy.
+    Runs whose noise was taken out are left out: they are not private.
 
     Returns:
         Columns dataset, method, epsilon, mean, sd (NaN for one seed), n, share (of the parameters that train).
     """
     table = results_of(experiment)
-    table = table[table["model"] == model].copy()
+    table = table[(table["model"] == model) & ~table["settings"].map(lambda s: bool(s.get("without_noise")))].copy()
     table["target"] = [s.get("target_epsilon") or math.inf for s in table["settings"]]
     table["setting"] = [f"{json.dumps(s, sort_keys=True)} C={bound}" for s, bound in zip(table["settings"], table["max_grad_norm"])]
     keys = ["dataset", "method", "target", "setting"]
+    table = table.drop_duplicates([*keys, "seed", "metric"], keep="last")  # a cell that stopped between its rows ran again
     validation = table[table["metric"] == "validation_accuracy"].groupby(keys)["value"].mean()
     tested = table[table["metric"] == "test_accuracy"].groupby(keys).agg(
         mean=("value", "mean"), sd=("value", "std"), n=("seed", "nunique"), share=("trainable_share", "first"))

@@ -96,7 +96,8 @@ def parameter_groups(model: nn.Module, learning_rate: float, start_at_zero_rate:
     groups = {"head": [], "zero": [], "rest": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = "head" if name.startswith(heads) else "rest" if bool(p.detach().any()) or p.numel() == 1 else "zero"
+            gate = name.endswith(".alpha")  # starts at zero too, which is a half of the sigmoid and blocks nothing
+            kind = "head" if name.startswith(heads) else "rest" if gate or bool(p.detach().any()) or p.numel() == 1 else "zero"
             groups[kind].append(p)
     zero_rate = learning_rate if start_at_zero_rate is None else start_at_zero_rate
     rates = {"head": zero_rate if head_rate is None else head_rate, "zero": zero_rate, "rest": learning_rate}

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import check_batch_at_work, note_step
 from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler, check_state
+from memarc_utils.padding import padding_checked
 from memarc_utils.probe import LossProbe, num_examples, refuse_sixteen_bits
 from memarc_utils.randomness import check_generator, seed_from_operating_system
 
@@ -72,7 +73,7 @@ def laplace_epsilon(*, noise_multiplier: float, sample_rate: float, num_steps: i
     scale = 1 / noise_multiplier
     one_step = scale + math.log(sample_rate + (1 - sample_rate) * math.exp(-scale))  # log(1 + q(e^ε₀ − 1)), no overflow
     pure = num_steps * one_step
-    if delta == 0:
+    if delta == 0 or scale > 500:  # beyond that e^ε₀ is no float; the bound holds at any δ
         return pure
     event = LaplaceDpEvent(noise_multiplier)
     # 2,000 grid points over one step's largest loss: ε to about 1e-4 of its size
@@ -187,7 +188,7 @@ class ZerothOrderOptimizer:
         self._check_learning_rate()
         micro_batches = list(batch)
         seeds, watched = list(self._draw_seeds()), WatchedBuffers(self.model, since="in a forward pass")
-        with torch.no_grad(), _evaluation_mode(self.model):
+        with torch.no_grad(), _evaluation_mode(self.model), padding_checked(self.model):
             differences = [self._differences(micro_batches, loss_per_example, row, row is seeds[0], row is seeds[-1]) for row in seeds]
         watched.check()
         check_batch_at_work(self, len(differences[0]))
@@ -305,8 +306,7 @@ class ZerothOrderOptimizer:
         def compute(micro_batch: Any) -> Float[Tensor, " batch"]:
             if isinstance(micro_batch, dict):
                 micro_batch = {k: t.to(device) if isinstance(t, Tensor) else t for k, t in micro_batch.items()}
-            size = num_examples(micro_batch)
-            losses = loss_per_example(self.model, micro_batch)
+            size, losses = num_examples(micro_batch), loss_per_example(self.model, micro_batch)
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             if shape != (size,):
                 raise ValueError(f"loss_per_example gave {shape} for {size} examples: return one loss an example, shape (batch,), "

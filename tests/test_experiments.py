@@ -20,7 +20,7 @@ from memarc_utils.grids import GRIDS, main
 def sixty_rows(name, max_tokens, model="default-encoder"):
     tokenizer = experiments.load_tokenizer("default-encoder")
     return {split: tokenize_dataset(load_text_dataset(name, split).select(range(60)), tokenizer, max_tokens).to_list()
-            for split in ("train", "validation", "test")}
+            for split in ("train", "validation", "test")}, 2
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_cell_without_noise_is_the_private_one_with_sigma_zero(few_rows):
 
 
 def test_the_share_of_the_largest_class(few_rows):
-    labels = [row["labels"] for row in sixty_rows("film_reviews", 10)["test"]]
+    labels = [row["labels"] for row in sixty_rows("film_reviews", 10)[0]["test"]]
     ones = sum(labels)
     assert experiments.majority_share(cell()) == max(ones, len(labels) - ones) / len(labels)
 
@@ -249,6 +249,7 @@ def test_what_cannot_run_is_refused(monkeypatch):
         cell(epsilon=0.0)
     for change, message in ((dict(epochs=0), "epochs must be a whole number >= 1"), (dict(seed=-1), "seed must be a whole number >= 0"),
                             (dict(num_steps=0), "num_steps must be a whole number >= 1"),
+                            (dict(method="side-cached", side={"foo": 1}), "side has no setting 'foo': take some of reduction"),
                             (dict(rates=(1e-3, 0.1, 0.0)), "rates must be three numbers above 0")):
         with pytest.raises(ValueError, match=message):
             cell(**change)

@@ -9,7 +9,8 @@ from memarc_utils import feature_cache
 from memarc_utils.batch_selection import pad_rows
 from memarc_utils.feature_cache import CachedFeatures, cache_bytes, cache_features, side_of
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from tests.models import CASE_IDS, CASES, loop_gradients, plain_losses, private_sgd, seeded, shake, tiny
+from memarc_utils.zeroth_order import make_zeroth_order
+from tests.models import CASE_IDS, CASES, loop_gradients, plain_losses, plan_for_tests, private_sgd, seeded, shake, tiny
 
 DOWNSAMPLES = ("learned", "low_rank", "pooled", "orthogonal")
 
@@ -51,8 +52,9 @@ def test_the_same_losses_and_gradients_without_the_backbone(number, tmp_path):
 def test_a_batch_stands_in_bfloat16_and_the_final_state_is_exact(tmp_path):
     """The final state's float32 numbers travel as pairs of bfloat16, bit for bit, the taps are views of the batch, and a batch that
     was converted on the way is refused: its final states would be other numbers."""
-    for settings in (dict(downsample="learned"), dict(downsample="pooled", reduction=32, heads=1)):  # 3 channels of taps: odd rows
-        model, rows = model_of(**settings), list(Rows())
+    odd = SideNetworkConfig(downsample="pooled", reduction=16, heads=1)  # 3 channels of 3 taps
+    for model in (model_of(), shake(attach_side_network(tiny("bert", hidden=48), odd))):
+        rows = list(Rows())
         cached, side = cache_features(model, rows, batch_size=4, folder=tmp_path), side_of(model)
         batch = pad_rows([cached[i] for i in range(4)], 0)
         embeds = batch["inputs_embeds"]
@@ -139,6 +141,17 @@ def test_what_shows_in_no_weight_has_another_cache(tmp_path):
     assert len(folders) == 5
 
 
+def test_other_code_has_another_cache(tmp_path, monkeypatch):
+    """Else a recheck of a method that reads features would find the numbers of the code that it was to be checked against."""
+    model, rows = model_of(), Rows()
+    folders = {cache_features(model, rows, folder=tmp_path).folder}
+    monkeypatch.setattr(feature_cache.transformers, "__version__", "0.0")
+    folders.add(cache_features(model, rows, folder=tmp_path).folder)
+    monkeypatch.setattr(feature_cache, "_CODE", feature_cache._CODE[:-1])
+    folders.add(cache_features(model, rows, folder=tmp_path).folder)
+    assert len(folders) == 3 and {"side_network", "side_blocks", "backbones", "feature_cache"} >= set(feature_cache._CODE)
+
+
 def test_a_file_of_another_size_is_refused(tmp_path):
     model, rows = model_of(), Rows()
     file = cache_features(model, rows, folder=tmp_path).folder / "final_0000.bin"
@@ -162,6 +175,11 @@ def test_what_is_written_needs_no_second_room(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": final}))
     with pytest.raises(ValueError, match="GB more and .* GB are free"):
         cache_features(model, rows, folder=tmp_path)
+    monkeypatch.undo()
+    cache_features(model, rows, folder=tmp_path)
+    (place / "complete.json").unlink()
+    (place / "taps_0000.bin").unlink()  # nor is the other half alone a shard
+    assert len(cache_features(model, rows, folder=tmp_path)) == 11 and (place / "taps_0000.bin").is_file()
 
 
 def test_an_interrupted_cache_goes_on_and_a_half_written_one_is_not_used(tmp_path, monkeypatch):
@@ -212,6 +230,17 @@ def test_what_cannot_be_kept_is_refused(tmp_path, monkeypatch):
         cache_features(tiny("bert"), Rows(), folder=tmp_path)
     with pytest.raises(ValueError, match="the data set is empty"):
         cache_features(model_of(), [], folder=tmp_path)
+    with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got -5"):
+        cache_features(model_of(), Rows(), batch_size=-5, folder=tmp_path)
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ValueError, match="GB more and .* GB are free: a frozen downsample .* is kept at side width"):
         cache_features(model_of(), Rows(), folder=tmp_path)
+
+
+def test_zeroth_order_trains_on_a_cache(tmp_path):
+    """The cache holds bfloat16, the losses are computed in float32."""
+    model, rows = model_of(gate="none"), Rows()
+    cached = cache_features(model, rows, folder=tmp_path)
+    optimizer = make_zeroth_order(model, plan_for_tests(), learning_rate=1e-3)
+    optimizer.step([pad_rows([cached[i] for i in range(4)])], plain_losses)
+    assert optimizer.steps_taken == 1

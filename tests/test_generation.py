@@ -322,7 +322,7 @@ def test_rows_of_other_code_are_kept_apart(small_runs, monkeypatch):
     small_runs.write_text(small_runs.read_text().replace(code, "0123456789ab"))
     refused(lambda: finished(run("side", 1)), f"rows of side that other code made .0123456789ab, now {code}.")
     small_runs.write_text(small_runs.read_text().replace('""code"": ""0123456789ab"", ', ""))
-    assert '"code"' not in small_runs.read_text() and finished(one)  # from before code was noted
+    refused(lambda: finished(one), "rows of side that other code made .not noted")
 
 
 def test_the_code_of_a_run_is_its_own(monkeypatch):
@@ -351,4 +351,6 @@ def test_methods_fit_a_llama_and_keep_a_cache(method):
 
 def test_runs_are_checked():
     refused(lambda: Run("loar"), "method must be one of side, lora")
+    refused(lambda: Run("lora", epsilon=-1.0), "epsilon must be a finite number above 0")
+    refused(lambda: Run("lora", num_steps=0), "num_steps must be a finite whole number above 0")
     refused(lambda: Run("lora", num_prompts=3, num_beam_prompts=4), "num_beam_prompts must be between 1 and num_prompts=3")

@@ -190,7 +190,7 @@ def test_largest_batch_is_zero_where_one_example_does_not_fit():
 @pytest.mark.parametrize("change, message", [
     ({"model": "bert-huge"}, "model must be one of tiny"), ({"model": nn.Linear(2, 2)}, "got Linear"),
     ({"method": "LoRA"}, "method must be one of full"),
-    ({"batch_size": 0}, "batch_size must be a whole number >= 1"), ({"num_tokens": 2000}, "more than the 1026 positions"),
+    ({"batch_size": 0}, "batch_size must be a whole number >= 1"), ({"num_tokens": 2000}, "more than the 1024 positions"),
     ({"dtype": torch.int8}, "dtype must be one of"), ({"engine": "opacus"}, "engine must be one of"),
     ({"task": "ner"}, "task must be one of"),
     ({"method": "rev-lora", "checkpointing": True}, "recomputes its activations itself"), ({"clipping": "norm"}, "clipping must be"),

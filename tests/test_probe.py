@@ -297,6 +297,23 @@ def test_a_trimming_loss_is_no_mixing():
         look(losses, padded_batch(model, batch=6, tokens=11, seed=seed))
 
 
+def test_a_mean_over_padded_positions_is_found():
+    """The longest row decides by how much every other loss is divided. Without it, and without its padding, they are others."""
+    model = tiny("llama", "causal_lm").eval()
+
+    def losses(batch):
+        with torch.no_grad():
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"], ignore_index=-100, reduction="none").mean(1)
+
+    for seed in range(10):
+        for form in (dict, UserDict):
+            with pytest.raises(ValueError, match="the losses mix examples.* none over positions that are padding"):
+                look(losses, form(padded_batch(model, "causal_lm", batch=6, tokens=11, seed=seed)))
+    alike = padded_batch(model, "causal_lm", batch=6, tokens=2)  # all of one length: nothing to see
+    look(losses, alike)
+
+
 def test_a_random_loss_is_warned_of_not_refused():
     with pytest.warns(UserWarning, match="the losses are random"):
         look(lambda b: F.dropout(b["x"], 0.5, True).square().sum(1), {"x": x_of(8, 6)})

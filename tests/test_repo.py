@@ -21,8 +21,8 @@ TOP_LEVEL = {
 FLOORS = [
     {"accounting", "book_keeping", "recording", "plotting", "data", "environment", "notebook_outputs", "randomness",
      "preparation", "data_parallel", "couplings", "block_halves"},
-    {"function_rules", "probe", "reversal", "padding", "summary"},
-    {"layer_rules", "notebooks"},
+    {"function_rules", "reversal", "padding", "summary"},
+    {"layer_rules", "notebooks", "probe"},
     {"model_checks", "side_blocks"},
     {"backbones", "grad_sample", "clipping", "batch_selection"},
     {"sensitivity", "membership", "canaries"},

@@ -260,7 +260,8 @@ def unchanged(model, before):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(reduction=5), r"reduction 5 does not divide the backbone's width 32: take one of \[2, 4, 8, 16, 32\]"),
+    (dict(reduction=5), r"reduction 5 does not divide the backbone's width 32: take one of \[2, 4, 8, 16\]"),
+    (dict(reduction=32, block="mlp"), "reduction 32 leaves a side width of 1: one channel less its mean is zero"),
     (dict(reduction=4, heads=3), "3 heads do not divide the side width 8 = 32 / 4: change heads or reduction"),
 ])
 @pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=[CASE_IDS[0], CASE_IDS[6]])

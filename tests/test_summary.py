@@ -107,6 +107,10 @@ def test_settings_that_validate_best_count(tmp_path, monkeypatch):
     found = summary.accuracies().iloc[0]
     assert found["mean"] == pytest.approx(0.505) and found["n"] == 2 and found["sd"] == pytest.approx(statistics.stdev([0.5, 0.51]))
     assert summary.accuracy_table("d").loc["a", "ε = 3"] == "50.5 ± 0.7 (2)"
+    bare = table.assign(settings=json.dumps({"target_epsilon": 3.0, "x": 3, "without_noise": True}), value=0.99)  # no privacy at all
+    twice = table[(table["metric"] == "validation_accuracy") & (table["seed"] == 0)].assign(value=0.6)  # stopped between its rows, run again
+    pd.concat([twice, table, bare]).to_csv(tmp_path / "31_classification.csv", index=False)
+    assert summary.accuracies().iloc[0].to_dict() == found.to_dict() and len(summary.accuracies()) == 1
     with pytest.raises(ValueError, match="no run on 'e'"):
         summary.accuracy_table("e")
     monkeypatch.setattr(summary, "step_costs", lambda: None)
@@ -128,6 +132,16 @@ def test_a_row_of_the_headline_speaks_of_one_network(in_grid, in_costs):
     assert len({sum(p.numel() for p in model.parameters() if p.requires_grad) for model in prepared}) == 1
     sides = [[part.side_config for part in model.modules() if isinstance(part, SideNetwork)] for model in prepared]
     assert in_grid == "linear-probe" or sides[0] == sides[1]
+
+
+def test_codes_that_give_the_same_numbers_are_one(tmp_path, monkeypatch):
+    """Also where older code came back."""
+    pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("x", "y")]
+    rows = [{"method": "m", "old": old, "new": new} for old, new in pairs] + [{"method": "n", "old": "a", "new": "x"}]
+    (tmp_path / "same_results.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert {summary.canonical_code("m", code) for code in "abc"} == {"a"}
+    assert summary.canonical_code("m", "x") == "y" and summary.canonical_code("n", "b") == "b"
 
 
 def test_goals_say_what_the_rows_say():

@@ -221,6 +221,10 @@ def test_parameter_groups_hold_everything_once():
     assert len(held) == len(set(held)) and set(held) == {p for p in model.parameters() if p.requires_grad}
     assert {group["lr"] for group in parameter_groups(model, 1e-3)} == {1e-3}
     torch.optim.AdamW(parameter_groups(nn.Linear(2, 2), 1e-3))
+    side = attach_side_network(tiny("bert"), SideNetworkConfig(reduction=4, gate="vector"))
+    names = {p: name for name, p in side.named_parameters()}
+    slow = {names[p] for group in parameter_groups(side, 1e-3, 5e-3) if group["lr"] == 1e-3 for p in group["params"]}
+    assert {name for name in names.values() if name.endswith("alpha")} <= slow  # gates start at zero, and nothing waits for them
 
 
 def test_setup_seeds_everything_and_says_so(capsys):

@@ -610,6 +610,20 @@ def test_losses_that_mix_examples_are_refused(losses):
     assert torch.allclose(model.weight, start, atol=1e-6) and optimizer.steps_taken == 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_padding_that_moves_the_last_token_is_refused(family):
+    """A decoder's head reads the last token that is not the pad token: of short rows beside a long one it would read the padding."""
+    model = tiny(family)
+    model.config.pad_token_id = 2
+    batch = padded_batch(model)
+    zeroth(model).step([batch], plain_losses)
+    wrong = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 0)}
+    optimizer = zeroth(model)
+    with pytest.raises(ValueError, match="Pad with pad_token_id=2"):
+        optimizer.step([wrong], plain_losses)
+    assert optimizer.steps_taken == 0 and not model._forward_pre_hooks
+
+
 @pytest.mark.parametrize("batch", [(torch.ones(3, 4, 5),), [torch.ones(3, 4, 5), {"y": torch.ones(3)}]], ids=["tuple", "list"])
 def test_a_loss_for_each_token_is_refused_in_any_nesting(batch):
     with pytest.raises(ValueError, match=r"gave \(12,\) for 3 examples"):
