@@ -31,7 +31,7 @@ from memarc_utils.pitfalls import ORDERS, honest_epsilon, largest_contribution, 
 from memarc_utils.randomness import _with_words
 from memarc_utils.reversible import make_reversible, reversible_blocks
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from memarc_utils.training import causal_lm_losses
+from memarc_utils.training import causal_lm_losses, train_privately
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import (distance, loop_gradients, loop_norms, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded,
                           shake, tiny, without_shape_check)
@@ -694,3 +694,21 @@ def test_a_masked_score_hides_a_layer(masked):
             assert "gives an example another output alone" in refused(lambda: private.backward(model(x).square().sum(1)))
         else:
             private.backward(model(x).square().sum(1))
+
+
+def test_a_mean_over_padding():
+    """The engine is shown losses alone and takes it; what has the loss as a function refuses."""
+    def over_width(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"], ignore_index=-100, reduction="none").mean(1)
+
+    ids = torch.randint(3, 90, (6, 20), generator=seeded(0))
+    rows = [{"input_ids": ids[i, :n].tolist(), "labels": ids[i, :n].tolist()} for i, n in enumerate((3, 3, 3, 4, 4, 20))]
+    batch, plan = batch_selection.pad_rows(rows), plan_for_tests(dataset_size=6, expected_batch_size=6, num_steps=3, max_grad_norm=1.0)
+    model = tiny("llama", "causal_lm")
+    assert verify_sensitivity(model, over_width, batch, max_grad_norm=4.0).max_contribution > 1.5 * 4
+    assert verify_sensitivity(model, causal_lm_losses, batch, max_grad_norm=4.0).holds
+    for call in (lambda: train_privately(model, rows, plan, torch.optim.SGD(model.parameters(), lr=0.1), over_width),
+                 lambda: make_zeroth_order(model, plan, 0.1).step([batch], over_width)):
+        assert "the losses mix examples" in refused(call)
+    train_privately(model, rows, plan, torch.optim.SGD(model.parameters(), lr=0.1), causal_lm_losses)
