@@ -1,7 +1,7 @@
 """The recorded experiments as lists of cells, and the command that runs them.
 
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them: classification, the
-ablations of notebooks 40, 41 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
+ablations of notebooks 40 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
 machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step of each method takes, on a machine that does
 nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
 ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
@@ -121,13 +121,6 @@ def _side_width() -> list[Cell]:
                     for cell in _over_seeds("40_side_width", epsilon=target, **short, **ways[name], **more)]
 
 
-def _clipping() -> list[Cell]:
-    """What `notebooks/41_ablation_clipping` reads."""
-    ways = [("automatic", 1.0), *((clipping, bound) for clipping in ("flat", "per_layer") for bound in (0.01, 1.0, 10.0, 100.0))]
-    return [cell for clipping, bound in ways
-            for cell in _over_seeds("41_clipping", "side-cached", 8.0, clipping=clipping, max_grad_norm=bound, **_CACHED)]
-
-
 def _batch_size() -> list[Cell]:
     """What `notebooks/43_ablation_batch_size_and_noise` reads."""
     def probe(batch: int, steps: int, rate: float = 0.02) -> list[Cell]:
@@ -145,7 +138,7 @@ def _batch_size() -> list[Cell]:
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
     "rates": _rates, "equal_steps": _equal_steps, **{name: functools.partial(_classification, name) for name in DATASETS},
-    "side_width": _side_width, "clipping": _clipping, "batch_size": _batch_size}
+    "side_width": _side_width, "batch_size": _batch_size}
 
 
 def _step_cases() -> list[StepCase]:
