@@ -86,7 +86,7 @@ def _rates() -> list[Cell]:
 # --------------------------------------------------------------------------------------------------------- ablations
 _DEFAULT_SIDE = {"reduction": 8, "layers": 2}
 _LEAN_SIDE = {**_DEFAULT_SIDE, "block": "mlp", "downsample": "orthogonal", "gate": "none"}
-_VARIED = {"reduction": [64, 32, 16, 4], "layers": ["all", 3, 6], "block": ["mlp", "adapter"],
+_VARIED = {"reduction": [64, 32, 16, 4, 2], "layers": ["all", 3, 6], "block": ["mlp", "adapter"],
            "downsample": ["low_rank", "pooled", "orthogonal"], "gate": ["none", "vector"]}
 
 

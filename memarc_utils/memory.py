@@ -44,7 +44,7 @@ def measure_step(step: Callable[[], object], repeats: int = 3) -> StepCost:
 
     Of a step that computes on CUDA the peak is the caching allocator's. On the CPU it follows every allocation and release of torch's
     allocator (the profiler's memory events), so it is exact and repeatable; what libraries hold outside that allocator
-    is not in it.
+    is not in it. The resident peak of a fresh process has that too: `benchmark.measure_cases` takes it.
 
     Args:
         step: a callable that does one whole training step.
