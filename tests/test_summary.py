@@ -162,7 +162,7 @@ def test_goals_say_what_the_rows_say():
     price = [100 * summary.accuracies().query("dataset == 'film_reviews' and method == 'side-cached' and epsilon == @e")["mean"].item()
              for e in (math.inf, 8.0)]
     for what, value in (("side network: peak of a step over DP-LoRA's", peaks[0] / peaks[1]),
-                        ("roberta-large, batch 8, whole step measured: full DP over side network", whole[0] / whole[1]),
+                        ("roberta-large, batch 8, whole step measured: full DP over side", whole[0] / whole[1]),
                         ("roberta-large, whole step: DP-LoRA over side, fused attention", plans[0] / plans[1]),
                         ("film_reviews: what ε = 8 costs the cached side network (points)", price[0] - price[1])):
         kind, bound = found.loc[what, "goal"].split()[1:]
