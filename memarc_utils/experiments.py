@@ -222,7 +222,8 @@ def code_of(method: str) -> str:
 def _data(name: str, max_tokens: int, model: str = _MODEL) -> tuple[dict[str, list], int]:
     """Rows by split, and the number of classes: of the public list, since a rare class that one example alone has would give it away."""
     tokenizer, texts = load_tokenizer(model), {split: load_text_dataset(name, split) for split in ("train", "validation", "test")}
-    return {split: tokenize_dataset(text, tokenizer, max_tokens).to_list() for split, text in texts.items()}, texts["train"].features["label"].num_classes
+    return ({split: tokenize_dataset(text, tokenizer, max_tokens).to_list() for split, text in texts.items()},
+            texts["train"].features["label"].num_classes)
 
 
 def run_cell(cell: Cell) -> dict[str, float | int]:

@@ -105,8 +105,8 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     """Computes what is missing of the cache, and opens it.
 
     Files are named by what they depend on: the rows' tokens, the backbone's weights and configuration, autocast, the taps and the
-    downsample, this code and the version of ``transformers``. A cache of anything else is never read. A shard is written to another name first, so an interrupted run goes on where
-    it stopped.
+    downsample, this code and the version of ``transformers``. A cache of anything else is never read. A shard is written to another name
+    first, so an interrupted run goes on where it stopped.
 
     Args:
         model: prepared by `attach_side_network`.
@@ -116,7 +116,8 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
         progress: wraps the iteration over shards, for instance ``training.progress``.
 
     Raises:
-        ValueError: no side network, no rows, no batch size, not enough room on the disk, or a file of another size than when it was written.
+        ValueError: no side network, no rows, no batch size, not enough room on the disk, or a file of another size than when it was
+            written.
     """
     side = side_of(model)
     if len(dataset) == 0:

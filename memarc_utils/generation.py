@@ -337,8 +337,8 @@ def finished(run: Run) -> bool:
         for row in csv.DictReader(file):
             if row["method"] == run.method and run.is_of(have := json.loads(row["settings"])):
                 if have.get("code") != wanted["code"]:
-                    raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have.get('code', 'not noted')}, now {wanted['code']}): "
-                                     f"move them away, or check out the code that made them (commit {row['commit']})")
+                    raise ValueError(f"{TABLE.name} has rows of {run.method} that other code made ({have.get('code', 'not noted')}, now "
+                                     f"{wanted['code']}): move them away, or check out the code that made them (commit {row['commit']})")
                 found = found or (row["seed"] == str(run.seed) and row["metric"] == list(_UNITS)[-1])
     return found
 

@@ -3,8 +3,9 @@
 ``python -m memarc_utils.grids film_reviews`` runs what is missing of a grid, ``make experiments`` all of them: classification, the
 ablations of notebooks 40 and 43, and generation (``e2e``). ``SHARD=1/4`` takes every fourth cell, the second of them: several
 machines can share a grid. ``python -m memarc_utils.grids steps`` measures what a step of each method takes, on a machine that does
-nothing else; ``python -m memarc_utils.grids planner`` what `planning` predicts beside the measured peak, ``python -m memarc_utils.grids plans`` what it predicts for the paper's two models. After the code has changed
-``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if its numbers are the same, rows go on counting.
+nothing else; the same with ``planner`` what `planning` predicts beside the measured peak, with ``plans`` what it predicts for the
+paper's two models. After the code has changed ``python -m memarc_utils.grids recheck film_reviews lora`` runs a recorded cell again: if
+its numbers are the same, rows go on counting.
 """
 
 import csv
@@ -36,14 +37,15 @@ _RATES = {
     "rev-lora": [(5e-4, 5e-3, 2e-2), (1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
     "ffa-lora": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
     "adapters": [(1e-3, 5e-3, 1e-1), (2e-3, 1e-2, 5e-2)],
-    "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1), (2e-2, 2e-2, 2e-1)],
-    "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2), (2e-3, 2e-3, 1e-1)],
+    "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1)],
+    "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2)],
     "linear-probe": [(rate, rate, rate) for rate in (2e-2, 5e-2, 1e-1, 2e-1)],
     "side-cached": [(1e-3, 2e-2, 2e-2), (2e-3, 2e-2, 1e-1), (2e-3, 4e-2, 4e-2), (4e-3, 8e-2, 8e-2)],
 }
 _LONG_RATES = {"side-cached": [(1e-3, 1e-2, 1e-2), (1e-3, 2e-2, 2e-2)], "linear-probe": [(rate, rate, rate) for rate in (5e-2, 1e-1)]}
 # Other sizes for the cached side network, for about the time of the long budget or less: steps, batch, rates.
-_OTHER_SIZES = [(60, 2048, (2e-3, 4e-2, 4e-2)), (60, 4096, (2e-3, 4e-2, 4e-2)), (120, 2048, (1e-3, 2e-2, 2e-2)), (30, 4096, (4e-3, 8e-2, 8e-2))]
+_OTHER_SIZES = [(60, 2048, (2e-3, 4e-2, 4e-2)), (60, 4096, (2e-3, 4e-2, 4e-2)), (120, 2048, (1e-3, 2e-2, 2e-2)),
+                (30, 4096, (4e-3, 8e-2, 8e-2))]
 
 _OPEN_RATES = {"linear-probe": [(rate,) * 3 for rate in (2e-3, 1e-2, 5e-2)],
                "side-cached": [*((rate,) * 3 for rate in (5e-4, 1e-3, 2e-3)), (1e-3, 1e-2, 1e-2)]}
@@ -64,11 +66,6 @@ def _classification(dataset: str) -> list[Cell]:
             *_cells(dataset, variants, **_CACHED),
             *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH),
             *_cells(dataset, ["rev-lora quarter"] if dataset == "film_reviews" else [], (8.0,), **_THROUGH)]
-
-
-def _equal_steps() -> list[Cell]:
-    """DP-LoRA with the steps of the cached methods, not their time: what of a difference between them is due to that."""
-    return _over_seeds("31_equal_steps", "lora", 8.0, autocast=True, **_CACHED)
 
 
 def _rates() -> list[Cell]:
@@ -137,7 +134,7 @@ def _batch_size() -> list[Cell]:
 
 DATASETS = ("film_reviews", "sst2", "trec", "qnli", "mrpc", "mnli")
 GRIDS: dict[str, Callable[[], list[Cell]]] = {
-    "rates": _rates, "equal_steps": _equal_steps, **{name: functools.partial(_classification, name) for name in DATASETS},
+    "rates": _rates, **{name: functools.partial(_classification, name) for name in DATASETS},
     "side_width": _side_width, "batch_size": _batch_size}
 
 

@@ -176,7 +176,8 @@ class LossProbe:
     Of rows under an ``attention_mask`` the longest stay out of that half where others are in it, and padding that only they needed is
     cut off: a loss that is a mean over padded positions, say, is another one then.
 
-    It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. A random loss differs from itself: then nothing can be said, and a warning says so. No generator moves.
+    It costs half a forward pass in the steps of the `Schedule`; a second look, where losses differ, one and a half more. A random loss
+    differs from itself: then nothing can be said, and a warning says so. No generator moves.
     """
 
     def __init__(self) -> None:
@@ -219,8 +220,8 @@ class LossProbe:
         if not coarse.seen or differ(alone, together, _TOLERANCE_16_BITS):
             raise ValueError("the losses mix examples: half of the rows alone have other losses than among all rows, so no clipping bounds "
                              "one example's share. Keep every example's loss to itself: reduction='none', no mean, norm or negatives "
-                             "over the batch, none over positions that are padding. (A tensor of the micro-batch as long as the batch counts as one row an example: keep "
-                             "constants out of it)")
+                             "over the batch, none over positions that are padding. (A tensor of the micro-batch as long as the batch "
+                             "counts as one row an example: keep constants out of it)")
 
 
 class SixteenBits(TorchDispatchMode):
@@ -231,7 +232,8 @@ class SixteenBits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        self.seen |= not function.is_view and any(isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
+        self.seen |= not function.is_view and any(
+            isinstance(t, Tensor) and t.is_floating_point() and t.element_size() < 4 for t in tree_leaves(result))
         return result
 
 

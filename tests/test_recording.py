@@ -175,6 +175,7 @@ def test_append_result_writes_the_header_once_and_fills_in_what_it_knows(tmp_pat
         ({"seed": 1.5}, "seed must be a whole number or None"),
         ({"method": ""}, "method must be a text"),
         ({"settings": "none"}, "settings must be a dict"),
+        ({"settings": {"C": np.float32(1)}}, "settings must hold plain numbers, texts, lists and dicts; .*float32"),
         ({"accuracy": 0.5}, "unknown column accuracy"),
     ],
 )

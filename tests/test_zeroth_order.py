@@ -485,6 +485,8 @@ def test_laplace_edges():
     run = dict(sample_rate=0.1, num_steps=5, delta=1e-5)
     assert laplace_epsilon(noise_multiplier=0.0, **run) == math.inf
     assert laplace_epsilon(noise_multiplier=1.0, **{**run, "num_steps": 0}) == 0.0
+    tiny_noise = laplace_epsilon(noise_multiplier=1e-3, **{**run, "num_steps": 3, "delta": 1e-5})  # e^1000 is no float
+    assert tiny_noise == pytest.approx(3 * (1000 + math.log(run["sample_rate"])), rel=1e-9)
     assert laplace_epsilon(noise_multiplier=1e-3, sample_rate=0.1, num_steps=1, delta=0.0) == pytest.approx(
         1000 + math.log(0.1))
     assert laplace_noise_multiplier(target_epsilon=1e4, sample_rate=0.1, num_steps=5, delta=0.0) == pytest.approx(
