@@ -153,7 +153,7 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
                   **settings) -> int:
     """The largest micro-batch whose step stays within ``budget_gib`` · 2³⁰ bytes, model included; 0 where one example does not.
 
-    Memory grows almost linearly with B: a line through two plans gives a first guess, plans around it decide.
+    Memory grows almost linearly with B: a line through the two plans nearest to the budget gives the next guess, plans around it decide.
 
     Args:
         settings: further ones of `plan_memory`.
@@ -180,10 +180,9 @@ def largest_batch(model: PreTrainedConfig | nn.Module | str, method: str, num_to
             fails = guess if fails is None else min(fails, guess)
         (b0, m0), (b1, m1) = sorted(known.items(), key=lambda item: abs(item[1] - budget))[:2]
         slope = (m1 - m0) / (b1 - b0) or 1
-        guess = max(int(b0 + (budget - m0) // slope), fits + 1)
-        guess = guess if fails is None else min(guess, fails - 1)
-        if guess in known:  # the line points where we have been: close in from the other side
-            guess = fits + 1 if fits + 1 not in known else fails - 1 if fails is not None else 2 * fits
+        # Memory bends, where logits are cut into pieces for instance: at least an eighth of what is open lies on either side of a guess.
+        guess, least = int(b0 + (budget - m0) // slope), max(1, ((fails or 0) - fits) // 8)
+        guess = min(max(guess, 2 * fits), 8 * fits) if fails is None else min(max(guess, fits + least), fails - least)
     return fits
 
 
@@ -252,8 +251,9 @@ class _Step:
             self.batch = _batch(model, method, task, batch_size, num_tokens)
         self.private: PrivateOptimizer | None = None
         if engine in ("book-keeping", "per-example"):  # without noise, whose draw torch's allocator does not see
-            plan = PrivacyPlan(dataset_size=50_000, expected_batch_size=batch_size, num_steps=1_000, noise_multiplier=0.0,
-                               max_grad_norm=1.0, delta=1e-5)
+            size = max(50_000, batch_size)
+            plan = PrivacyPlan(dataset_size=size, expected_batch_size=batch_size, num_steps=1_000, noise_multiplier=0.0,
+                               max_grad_norm=1.0, delta=0.5 / size)
             self.private = make_private(model, self.optimizer, plan, clipping=clipping,
                                         mode="per_example" if engine == "per-example" else "book_keeping",
                                         noise_generator=torch.Generator().manual_seed(0))

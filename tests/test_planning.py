@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,25 @@ def test_largest_batch_is_the_last_that_fits(method, budget):
     largest = largest_batch("tiny", method, 32, budget)
     totals = [plan_memory("tiny", method, batch, 32).total_gib for batch in (largest, largest + 1)]
     assert largest >= 1 and totals[0] <= budget < totals[1]
+
+
+@pytest.mark.parametrize("bytes_of", [lambda b: 10**9 + 10**6 * b, lambda b: 10**9 + max(0, b - 700) * 10**7, lambda b: 10**7 * b**2,
+                                      lambda b: 3 * 10**9 * (b > 10) + 10**3 * b, lambda b: 10**9 + 10**8 * (b // 64)])
+def test_largest_batch_takes_few_plans_where_memory_bends(bytes_of, monkeypatch):
+    asked = []
+
+    def plan(config, method, batch_size, num_tokens, **settings):
+        asked.append(batch_size)
+        return SimpleNamespace(total_bytes=bytes_of(batch_size))
+
+    monkeypatch.setattr(planning, "_plan", plan)
+    largest = largest_batch("tiny", "lora", 32, 3)
+    assert bytes_of(largest) <= 3 * 2**30 < bytes_of(largest + 1)
+    assert len(asked) == len(set(asked)) <= 50
+
+
+def test_a_batch_may_be_larger_than_the_planned_data_set():
+    assert plan_memory("tiny", "probe", 60_000, 4).total_bytes > 0
 
 
 def test_largest_batch_is_zero_where_one_example_does_not_fit():
