@@ -8,9 +8,8 @@ i mod R = r alone: the ranks' draws together are one batch of the whole data set
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from memarc_utils.padding import num_tokens, pad_rows
 from memarc_utils.randomness import seed_from_operating_system
 
 
-def _rows(dataset, indices: list[int]) -> list[dict[str, Any]]:
+def _rows(dataset, indices: list[int]) -> list:
     if indices and hasattr(dataset, "column_names"):  # a datasets.Dataset reads many rows at once faster than one by one
         columns = dataset[indices]
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
@@ -51,8 +50,9 @@ class LogicalBatch:
         for start in range(0, len(rows), self._physical):
             some = rows[start:start + self._physical]
             micro_batch = self._collate(some)
-            if not isinstance(micro_batch, dict):
+            if not isinstance(micro_batch, Mapping):  # transformers' collators return a BatchEncoding
                 raise ValueError(f"collate must return a dict of tensors, got {type(micro_batch).__name__}")
+            micro_batch = dict(micro_batch)
             shapes = [tuple(t.shape) for t in micro_batch.values() if isinstance(t, Tensor)]
             if any(shape[:1] != (len(some),) for shape in shapes):
                 raise ValueError(f"collate made tensors of shapes {shapes} of {len(some)} examples: give one row an example, or each "
@@ -218,7 +218,7 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
     """Batches by true Poisson sampling at the plan's rate, one for each of the plan's steps.
 
     Args:
-        dataset: anything with ``len`` and ``[i]`` that gives a dict of ints, floats, lists or tensors.
+        dataset: anything with ``len`` and ``[i]`` that gives a dict of ints, floats, lists or tensors, or what ``collate`` takes.
         plan: owns the sampling rate and the number of steps.
         physical_batch_size: at most so many examples go through the model at once; changes memory, never the result.
         collate: rows to micro-batch; `pad_rows` by default. One row in, one row out: several rows made of one example

@@ -74,6 +74,9 @@ _SOURCES = {
         {"train": ("mrpc/train.tsv.gz", "5e3fcda376967308ce17aecc3e93d5872ce41a4c2974306e70c31338b00b1043"),
          "test": ("mrpc/test.tsv.gz", "0c95e03dbfa0b9c92262be3f99f578fc098930fea819d719af7800d4e7cbdd67")},
         _glue("mrpc", validation="validation", test="test"), ("not_equivalent", "equivalent")),
+    "qqp": _Source(
+        {"text": ("question1",), "text_pair": ("question2",), "label": ("label",)}, {}, _glue("qqp", test="validation"),
+        ("not_duplicate", "duplicate"), note="test is the official dev split", contaminated_for=_MINILM),
     "rte": _Source(
         {"text": ("premise", "sentence1"), "text_pair": ("hypothesis", "sentence2"), "label": ("label",)},
         {"train": ("rte/train.tsv.gz", "8ea855d1cf0d2684c43f89b5d89caec263f0d536a0683c8e7620b79e2c9163bd"),
@@ -159,8 +162,7 @@ def dataset_card(dataset: datasets.Dataset) -> DatasetCard:
         if isinstance(feature, datasets.ClassLabel):
             counts = Counter(dataset[column])
             labels = {name: counts[index] for index, name in enumerate(feature.names)}
-    contaminated_for = tuple(values.pop("contaminated_for"))
-    return DatasetCard(rows=len(dataset), labels=labels, contaminated_for=contaminated_for, **values)
+    return DatasetCard(rows=len(dataset), labels=labels, contaminated_for=tuple(values.pop("contaminated_for")), **values)
 
 
 def load_text_dataset(name: str, split: str = "train") -> datasets.Dataset:
@@ -332,11 +334,9 @@ def _local_files(spec: _Source) -> dict[str, Path]:
 def _how_to_supply(name: str, spec: _Source) -> str:
     hub = sorted({address.split(":")[0] for address in spec.hub.values()})
     files = ", ".join(file for file, _ in spec.files.values())
+    folder = f"set MEMARC_DATA_DIR to a folder with {files} (data/README.md); " if files else ""
     online = f"go online, so that datasets can fetch {', '.join(hub)}; " if hub else "(it is not on the hub;) "
-    return (
-        f"{name} is not here. Ways on: set MEMARC_DATA_DIR to a folder with {files} (data/README.md); {online}"
-        "or take film_reviews, the default asset. available_datasets() lists what there is."
-    )
+    return f"{name} is not here. Ways on: {folder}{online}or take film_reviews, the default asset. available_datasets() lists what there is."
 
 
 def tokenize_dataset(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -31,9 +32,9 @@ from memarc_utils.recording import append_result
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.summary import DEFAULT_MODEL, RESULTS, canonical_code
 
-# What a number rests on. Modules that only refuse (model_checks, sensitivity, preparation) or only describe are not among them.
+# What a number rests on. Modules that only refuse (model_checks, sensitivity, preparation, probe) or only describe are not among them.
 _SHARED_CODE = ("accounting", "adapters", "backbones", "batch_selection", "block_halves", "book_keeping", "clipping", "data", "dp_sgd",
-                "function_rules", "grad_sample", "layer_rules", "methods", "padding", "probe", "randomness", "training")
+                "function_rules", "grad_sample", "layer_rules", "methods", "padding", "randomness", "training")
 _RUNS_A_CELL = ("run_cell", "_data", "_some", "_probe_on_features")  # and these, of this module
 _MODEL = "default-encoder"
 _LAST_METRIC = "test_accuracy"  # of a cell's rows
@@ -59,22 +60,23 @@ class Method:
     """How a method prepares a model, and its rates.
 
     Chosen by validation accuracy on film reviews at ε = 8, one seed, among the cells of ``data/results/31_rates.csv`` (LoRA and its
-    reversible twin share the pair's best mean). Rates without privacy were chosen likewise for the probe and the side network; the others
-    are customary ones that no search has chosen.
+    reversible twin share the pair's best mean). Without privacy only the probe's and the side network's were, the others are customary.
 
     Attributes:
         prepare: the model in place.
         private_rates: of AdamW for private training: of most parameters, of those that start at zero, of the head.
-        rates: the same without privacy.
+        rates: the same without privacy; None: no such training.
         cached: trains on features that were computed once.
+        num_directions: K of a method of zeroth order, whose step is SGD's and whose clipping is flat; 0 for gradients.
         code: modules of its own, beside the engine's.
     """
 
     prepare: Callable[[nn.Module], nn.Module]
     private_rates: tuple[float, float, float]
-    rates: tuple[float, float, float]
+    rates: tuple[float, float, float] | None
     cached: bool = False
     code: tuple[str, ...] = ()
+    num_directions: int = 0
 
 
 _SIDE_CODE = ("side_network", "side_blocks", "feature_cache")
@@ -82,6 +84,7 @@ _REVERSIBLE_CODE = ("couplings", "reversal", "reversible")
 _SIDE_RATES = {"private_rates": (2e-3, 4e-2, 4e-2), "rates": (1e-3, 1e-2, 1e-2), "cached": True, "code": _SIDE_CODE}
 METHODS: dict[str, Method] = {
     "linear-probe": Method(_probe_on_features, (1e-1, 1e-1, 1e-1), (1e-2, 1e-2, 1e-2), True, _SIDE_CODE),
+    "zeroth-order": Method(_probe_on_features, (1.0, 1.0, 1.0), None, True, (*_SIDE_CODE, "zeroth_order"), num_directions=16),
     "side-cached": Method(_side(), **_SIDE_RATES),
     "side-cached mlp": Method(_side(block="mlp"), **_SIDE_RATES),
     "side-cached adapter": Method(_side(block="adapter"), **_SIDE_RATES),
@@ -155,6 +158,9 @@ class Cell:
             raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
                              f"{self.rates!r}")
         check_clipping(self.clipping, self.max_grad_norm)
+        if METHODS[self.method].num_directions and (not math.isfinite(self.epsilon) or self.clipping != "flat" or len({*(self.rates or "1")}) > 1):
+            raise ValueError("zeroth order is private here, has one rate, and clips its K slopes as one vector: write a finite epsilon, "
+                             'three equal rates and clipping="flat"')
         if self.without_noise and not math.isfinite(self.epsilon):
             raise ValueError("without_noise takes the noise out of a private run's steps: give the epsilon whose steps they are")
         for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
@@ -181,9 +187,11 @@ class Cell:
         budget = {"batch_size": self.batch_size, "num_steps": self.num_steps} if private else {"batch_size": 32, "epochs": self.epochs}
         rates = self.rates or (method.private_rates if private else method.rates)
         chosen = {"without_noise": self.without_noise or None, "side": self.side, "num_train": self.num_train, "num_test": self.num_test,
-                  "autocast": self.autocast or None, "model": self.model if self.model != _MODEL else None}
+                  "autocast": self.autocast or None, "model": self.model if self.model != _MODEL else None,
+                  "num_directions": method.num_directions or None}
         return {**budget, "target_epsilon": self.epsilon if private else None, "max_tokens": self.max_tokens, "rates": list(rates),
-                "clipping": self.clipping if private else None, "optimizer": "adamw", "schedule": "linear", "code": code_of(self.method),
+                "clipping": self.clipping if private else None, "optimizer": "sgd" if method.num_directions else "adamw",
+                "schedule": "linear", "code": code_of(self.method),
                 **{name: value for name, value in chosen.items() if value is not None}}
 
 
@@ -244,15 +252,25 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
         rows = {split: feature_cache.cache_features(model, some, progress=training.progress) for split, some in rows.items()}
     settings, size = cell.settings(), len(rows["train"])
     share = adapters.trainable_share(model)[2]
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
     found = {"num_train": size, "share": share}
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
     if math.isfinite(cell.epsilon):
         plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
                                         expected_batch_size=cell.batch_size, max_grad_norm=cell.max_grad_norm)
         plan = replace(plan, noise_multiplier=0.0) if cell.without_noise else plan
         sampling, noise = (torch.Generator(place).manual_seed(1000 + cell.seed) for place in ("cpu", device))
-        training.train_privately(model, rows["train"], plan, optimizer, losses, clipping=cell.clipping, physical_batch_size=64,
-                                 sampling_generator=sampling, noise_generator=noise, description=cell.method)
+        shared = {"sampling_generator": sampling, "description": cell.method}
+        if method.num_directions:
+            inputs, labels = feature_cache.inputs_of_classifier(model, rows["train"])
+            training.train_by_forward_passes(
+                model.classifier, range(size), plan, settings["rates"][0],
+                lambda head, batch: F.cross_entropy(head(batch["inputs"]), batch["labels"], reduction="none"),
+                collate=lambda rows: {"inputs": inputs[rows], "labels": labels[rows]}, num_directions=method.num_directions,
+                noise_generator=torch.Generator().manual_seed(1000 + cell.seed), physical_batch_size=4096,
+                direction_seed_generator=torch.Generator().manual_seed(2000 + cell.seed), **shared)
+        else:
+            training.train_privately(model, rows["train"], plan, optimizer, losses, clipping=cell.clipping, physical_batch_size=64,
+                                     noise_generator=noise, **shared)
         found.update(epsilon=plan.epsilon(), sigma=plan.noise_multiplier, delta=plan.delta, sample_rate=plan.sample_rate)
     else:
         training.train_without_privacy(model, rows["train"], optimizer, losses, num_epochs=cell.epochs, description=cell.method,
@@ -345,7 +363,8 @@ def recheck(cell: Cell) -> bool:
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         known.append({"method": cell.method, "dataset": cell.dataset, "seed": cell.seed,
                       "target_epsilon": cell.settings()["target_epsilon"], "old": canonical_code(cell.method, code), "new": wanted,
-                      **again, **{f"before_{metric}": value for metric, value in values.items() if again[metric] != value}, "date": datetime.date.today().isoformat()})
+                      **again, **{f"before_{metric}": value for metric, value in values.items() if again[metric] != value},
+                      "date": datetime.date.today().isoformat()})
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     return True
 
@@ -361,11 +380,8 @@ def without_row(items: list, finished: Callable, shard: tuple[int, int], name: s
 
 
 def run_grid(cells: list[Cell], shard: tuple[int, int] = (0, 1)) -> int:
-    """Runs the cells that have no row yet, and appends two rows for each: validation and test accuracy. Returns how many ran.
-
-    Args:
-        cells: all of the grid.
-        shard: (i, n) takes the cells i, i + n, i + 2n, ....
+    """Runs the cells that have no row yet, of every n-th from the i-th for ``shard`` (i, n), and appends two rows for each: validation
+    and test accuracy. Returns how many ran.
 
     Raises:
         ValueError: see `finished`; found before anything runs.

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.backbones import REPOSITORY
@@ -150,6 +151,23 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
 
 
 @torch.no_grad()
+@torch.no_grad()
+def inputs_of_classifier(model: nn.Module, rows: CachedFeatures, batch_size: int = 64
+                         ) -> tuple[Float[Tensor, "examples width"], Int[Tensor, " examples"]]:
+    """What the classifier of a model sees of each row in evaluation mode, and the rows' labels: all that its training needs where nothing
+    below it trains."""
+    device, seen = next(model.parameters()).device, []
+    model.eval()
+    hook = model.classifier.register_forward_pre_hook(lambda classifier, inputs: seen.append(inputs[0]))
+    try:
+        for start in range(0, len(rows), batch_size):
+            batch = pad_rows([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            model(**{name: t.to(device) for name, t in batch.items() if name != "labels"})
+    finally:
+        hook.remove()
+    return torch.cat(seen), torch.tensor([rows[i]["labels"] for i in range(len(rows))], device=device)
+
+
 def _write_shard(model, side: SideNetwork, dataset, rows: range, batch_size: int, place: Path, number: int) -> None:
     device, pad = next(model.parameters()).device, getattr(side.config, "pad_token_id", None) or 0
     taps: dict[int, Tensor] = {}

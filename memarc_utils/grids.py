@@ -29,6 +29,7 @@ from memarc_utils.training import progress
 # Features that were computed once allow many steps of large batches in the time that a few small ones through the backbone take.
 _CACHED = {"num_steps": 60, "batch_size": 1024}
 _LONG = {"num_steps": 240, "batch_size": 1024}  # about the time that 24 of the steps below take
+_BY_SLOPES = {"num_steps": 240, "batch_size": 1024, "clipping": "flat", "max_grad_norm": 8.0}  # C = 2 √K: K = 16 slopes of an example
 _THROUGH = {"num_steps": 24, "batch_size": 512, "epochs": 1, "autocast": True}
 # Rates tried for each method, with seed 0 on film reviews, at epsilon = 8 and, of cached methods, without privacy; METHODS holds what
 # validates best.
@@ -40,6 +41,7 @@ _RATES = {
     "bitfit": [(2e-3, 2e-3, 2e-2), (5e-3, 5e-3, 5e-2), (1e-2, 1e-2, 1e-1)],
     "full": [(2e-4, 2e-4, 1e-2), (5e-4, 5e-4, 2e-2), (1e-3, 1e-3, 5e-2)],
     "linear-probe": [(rate, rate, rate) for rate in (2e-2, 5e-2, 1e-1, 2e-1)],
+    "zeroth-order": [(rate, rate, rate) for rate in (0.25, 0.5, 1.0, 2.0)],
     "side-cached": [(1e-3, 2e-2, 2e-2), (2e-3, 2e-2, 1e-1), (2e-3, 4e-2, 4e-2), (4e-3, 8e-2, 8e-2)],
 }
 _LONG_RATES = {"side-cached": [(1e-3, 1e-2, 1e-2), (1e-3, 2e-2, 2e-2)], "linear-probe": [(rate, rate, rate) for rate in (5e-2, 1e-1)]}
@@ -62,6 +64,7 @@ def _classification(dataset: str) -> list[Cell]:
     return [*_cells(dataset, ["linear-probe", "side-cached"], **_CACHED),
             *(cell for method, tried in _LONG_RATES.items()
               for cell in _cells(dataset, [method], (8.0, 3.0, 1.0, 1.6), rates=tried[0], **_LONG)),  # the first validates best, or no worse
+            *_cells(dataset, ["zeroth-order"], (8.0, 3.0, 1.0, 1.6), **_BY_SLOPES),
             *_cells(dataset, ["lora", "rev-lora", "full", "bitfit"], **_THROUGH),
             *_cells(dataset, variants, **_CACHED),
             *_cells(dataset, ["adapters", "ffa-lora"], **_THROUGH),
@@ -75,7 +78,7 @@ def _rates() -> list[Cell]:
              for steps, batch, rates in _OTHER_SIZES]
     without = [Cell("31_rates", "film_reviews", method, math.inf, 0, rates=rates, **_CACHED)
                for method, tried in _OPEN_RATES.items() for rates in tried]
-    budgets = {method: _CACHED if METHODS[method].cached else _THROUGH for method in _RATES}
+    budgets = {method: _CACHED if METHODS[method].cached else _THROUGH for method in _RATES} | {"zeroth-order": _BY_SLOPES}
     return long + without + [Cell("31_rates", "film_reviews", method, 8.0, 0, rates=rates, **budgets[method])
                              for method, tried in _RATES.items() for rates in tried]
 

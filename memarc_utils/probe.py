@@ -81,7 +81,8 @@ class Probe:
         self._sizes[-1].setdefault(layer, []).append(torch.linalg.vector_norm(grad_output, ord=1, dim=dims))  # makes no copy
         if self._sent is None:
             return False
-        reached = torch.linalg.vector_norm(grad_output, ord=float("inf"), dim=dims) > 0
+        some = grad_output.numel() > 0  # a head that every row gives no token (rows of one, cut to their targets) is reached by none
+        reached = torch.linalg.vector_norm(grad_output, ord=float("inf" if some else 1), dim=dims) > 0
         sent = self._sent.to(reached.device)
         self._reached.append((layer, (reached & ~sent).any(), (reached & sent).any()))
         return True

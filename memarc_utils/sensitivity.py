@@ -3,7 +3,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -172,7 +172,7 @@ def check_micro_batch(micro_batch) -> None:
     """Raises:
         ValueError: not a dict of tensors whose first axis is the batch.
     """
-    tensors = [t for t in micro_batch.values() if isinstance(t, Tensor)] if isinstance(micro_batch, dict) else []
+    tensors = [t for t in micro_batch.values() if isinstance(t, Tensor)] if isinstance(micro_batch, Mapping) else []
     if not tensors or not all(t.dim() for t in tensors) or len({len(t) for t in tensors}) > 1:
         raise ValueError("micro_batch must be a dict of tensors with the batch axis first, for example "
                          "pad_rows([dataset[i] for i in range(4)])")

@@ -26,6 +26,7 @@ HEADLINE = {
     "side network": (None, "side", {}),
     "side network, cached": ("side-cached", "side-cached learned", {}),
     "side network, cached, pooled": (None, "side-cached", {}),
+    "zeroth order, linear probe": ("zeroth-order", None, {}),
     "zeroth order, all parameters": (None, "full", {"engine": "zeroth order"}),
 }
 COST_OF = {in_grid: in_costs for in_grid, in_costs, _ in HEADLINE.values() if in_grid and in_costs}  # the same network's step

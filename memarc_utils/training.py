@@ -17,7 +17,7 @@ from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import pad_rows, poisson_batches
 from memarc_utils.dp_sgd import PrivateOptimizer, make_private
 from memarc_utils.probe import LossProbe
-
+from memarc_utils.zeroth_order import ZerothOrderOptimizer, make_zeroth_order
 
 _LOGITS_AT_ONCE = 2**24  # numbers
 
@@ -162,6 +162,32 @@ def train_privately(model: nn.Module, dataset, plan: PrivacyPlan, optimizer: tor
         private.detach()
         model.eval()
     return private
+
+
+def train_by_forward_passes(model: nn.Module, dataset, plan: PrivacyPlan, learning_rate: float,
+                            loss_per_example: Callable = classification_losses, *, num_directions: int = 1,
+                            physical_batch_size: int = 32, sampling_generator: torch.Generator | None = None,
+                            noise_generator: torch.Generator | None = None, direction_seed_generator: torch.Generator | None = None,
+                            collate: Callable | None = None, description: str = "zeroth-order training") -> ZerothOrderOptimizer:
+    """All the plan's steps of zeroth order (`make_zeroth_order`), on Poisson batches. The learning rate falls linearly to zero.
+
+    Generators are for checks and lessons, on the CPU; a run that is released leaves them out. ``collate`` as in `poisson_batches`.
+
+    Returns:
+        The `ZerothOrderOptimizer`; the model is trained in place.
+
+    Raises:
+        ValueError: what `make_zeroth_order` and its steps refuse.
+    """
+    optimizer = make_zeroth_order(model, plan, learning_rate, num_directions=num_directions, noise_generator=noise_generator,
+                                  direction_seed_generator=direction_seed_generator)
+    batches = poisson_batches(dataset, plan, physical_batch_size, collate=collate, pad_token_id=_pad_token(model),
+                              generator=sampling_generator)
+    for step, batch in enumerate(progress(batches, description, plan.num_steps)):
+        optimizer.learning_rate = learning_rate * (1 - step / plan.num_steps)
+        optimizer.step(batch, loss_per_example)
+    model.eval()
+    return optimizer
 
 
 def train_without_privacy(model: nn.Module, dataset, optimizer: torch.optim.Optimizer,

@@ -7,11 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
 from memarc_utils.batch_selection import pad_rows, poisson_batches, shuffled_batches
 from memarc_utils.dp_sgd import make_private
+from memarc_utils.sensitivity import check_micro_batch
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import causal_lm_losses, classification_losses
 from tests.models import CASE_IDS, CASES, cut, padded_batch, plain_losses, seeded, shake, tiny
@@ -208,6 +212,16 @@ def test_collate_gives_one_row_an_example():
                                       generator=seeded(12))))
     with pytest.raises(ValueError, match="collate made tensors of shapes .*12.* of 3 examples: give one row an"):
         list(batch)
+
+
+def test_collators_of_transformers_will_do():
+    rows = [{"input_ids": list(range(3, 5 + i % 4)), "labels": i % 2} for i in range(60)]
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    collate = DataCollatorWithPadding(PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]"))
+    micro_batch = next(iter(next(iter(poisson_batches(rows, plan_of(60, 20, delta=1e-3), 3, collate=collate, generator=seeded())))))
+    assert isinstance(collate(rows[:2]), BatchEncoding) and type(micro_batch) is dict
+    assert micro_batch["input_ids"].shape == micro_batch["attention_mask"].shape and len(micro_batch["labels"]) == 3
+    check_micro_batch(collate(rows[:2]))
 
 
 @pytest.mark.parametrize("collated, message", [

@@ -14,6 +14,7 @@ from memarc_utils.benchmark import StepCase
 from memarc_utils.data import load_text_dataset, tokenize_dataset
 from memarc_utils.experiments import METHODS, Cell, code_of, finished, recheck, run_cell, run_grid
 from memarc_utils.grids import GRIDS, main
+from memarc_utils.training import train_by_forward_passes
 
 
 @functools.lru_cache(1)
@@ -33,7 +34,7 @@ def few_rows(monkeypatch, tmp_path):
 
 
 def cell(method="linear-probe", epsilon=8.0, seed=0, **settings):
-    small = {"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10}
+    small = {"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10, "clipping": "flat" if method == "zeroth-order" else "automatic"}
     return Cell("grid", "film_reviews", method, epsilon, seed, **{**small, **settings})
 
 
@@ -48,6 +49,27 @@ def test_every_method_runs_and_its_share_is_its_own(method, few_rows):
     assert 0 <= found["test_accuracy"] <= 1 and 7.99 < found["epsilon"] <= 8
     assert found["share"] == 1.0 if method == "full" else 0 < found["share"] < 0.05
     assert math.isfinite(found["sigma"]) and found["num_train"] == 60
+
+
+def test_zeroth_order_trains_the_head_alone_as_through_the_whole_model(few_rows, monkeypatch):
+    """Its shortcut, the classifier's inputs computed once, against steps that run the model anew for each of 2 K passes."""
+    monkeypatch.setattr(experiments, "METHODS", {**METHODS, "zeroth-order": dataclasses.replace(METHODS["zeroth-order"], num_directions=3)})
+    wanted, trained = run_cell(cell("zeroth-order")), []
+
+    def whole(head, dataset, plan, rate, losses, *, collate, **options):
+        model, rows = trained[-1]
+        return train_by_forward_passes(model, rows, plan, rate, **options)
+
+    monkeypatch.setattr(experiments.feature_cache, "inputs_of_classifier", lambda model, rows: (trained.append((model, rows)), 0))
+    monkeypatch.setattr(experiments.training, "train_by_forward_passes", whole)
+    assert run_cell(cell("zeroth-order")) == wanted and trained
+    assert cell("zeroth-order").settings()["optimizer"] == "sgd" and cell("zeroth-order").settings()["num_directions"] == 3
+
+
+@pytest.mark.parametrize("change", [{"epsilon": math.inf}, {"clipping": "automatic"}, {"rates": (1.0, 2.0, 1.0)}])
+def test_what_zeroth_order_does_not_do_is_refused(change):
+    with pytest.raises(ValueError, match="zeroth order is private here, has one rate, and clips its K slopes as one vector"):
+        cell("zeroth-order", **change)
 
 
 def test_a_grid_goes_on_where_it_stopped(few_rows):

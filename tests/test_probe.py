@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from memarc_utils import probe
+from memarc_utils.adapters import add_lora, train_everything
 from memarc_utils.probe import LossProbe, Schedule
 from memarc_utils.reversible import make_reversible
+from memarc_utils.training import causal_lm_losses
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, tiny
 
@@ -317,3 +319,25 @@ def test_a_mean_over_padded_positions_is_found():
 def test_a_random_loss_is_warned_of_not_refused():
     with pytest.warns(UserWarning, match="the losses are random"):
         look(lambda b: F.dropout(b["x"], 0.5, True).square().sum(1), {"x": x_of(8, 6)})
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+@pytest.mark.parametrize("prepare", [lambda model: add_lora(model, rank=2), train_everything], ids=["lora", "full"])
+@pytest.mark.parametrize("sliced", [False, True], ids=["the losses of training", "a head of a sliced text"])
+def test_rows_of_one_token_that_give_the_head_nothing(clipping, prepare, sliced):
+    """Rows of one token have no next token: the head gets an empty tensor, the loss is zero and moves nothing."""
+    model = prepare(tiny("llama", "causal_lm", tie=False))
+    model.requires_grad_(True) if prepare is train_everything else model.lm_head.requires_grad_(True)
+    private = private_sgd(model, clipping=clipping)
+
+    def losses(model, batch):
+        if not sliced:
+            return causal_lm_losses(model, batch)
+        hidden = model.model(batch["input_ids"]).last_hidden_state[:, :-1]
+        return F.cross_entropy(model.lm_head(hidden).transpose(1, 2), batch["labels"][:, 1:], reduction="none").sum(1)
+
+    before = [p.detach().clone() for p in model.parameters()]
+    ids = torch.tensor([[5], [6], [7]])
+    private.backward(losses(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}))
+    private.step()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before))

@@ -10,12 +10,12 @@ from torch import nn
 
 from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.adapters import add_lora
+from memarc_utils.adapters import add_lora, select_linear_probe
 from memarc_utils.batch_selection import pad_rows, poisson_batches
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
 from memarc_utils.training import (accuracy, causal_lm_losses, classification_losses, parameter_groups, progress, setup,
-                                   train_privately, train_without_privacy)
+                                   train_by_forward_passes, train_privately, train_without_privacy)
 from tests.models import CASE_IDS, CASES, padded_batch, plain_losses, seeded, shake, tiny
 
 DECODERS = [case for case in CASES if case[1] == "causal_lm"]
@@ -152,6 +152,17 @@ def test_private_training_learns_without_noise_and_not_with_much(clipping, noise
     assert all("forward" not in vars(m) and not m._forward_pre_hooks for m in model.modules())
     rate = accuracy(model, separable())
     assert rate >= 0.95 if noise_multiplier == 0 else rate < 0.8
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1000.0])
+def test_training_by_forward_passes_learns_without_noise_and_not_with_much(noise_multiplier):
+    model, rows = select_linear_probe(tiny()), separable()
+    plan = plan_of(num_steps=60, noise_multiplier=noise_multiplier)
+    made = train_by_forward_passes(model, rows, plan, 3.0, num_directions=8, sampling_generator=seeded(2), noise_generator=seeded(3),
+                                   direction_seed_generator=seeded(4), physical_batch_size=7)
+    assert made.steps_taken == 60 and made.epsilon() == plan.epsilon() and made.learning_rate == pytest.approx(3 / 60)
+    assert not model.training
+    assert (accuracy(model, rows) > 0.9) == (noise_multiplier == 0)
 
 
 def test_a_failing_loss_gives_the_plain_model_back():
