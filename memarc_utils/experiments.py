@@ -84,7 +84,7 @@ _REVERSIBLE_CODE = ("couplings", "reversal", "reversible")
 _SIDE_RATES = {"private_rates": (2e-3, 4e-2, 4e-2), "rates": (1e-3, 1e-2, 1e-2), "cached": True, "code": _SIDE_CODE}
 METHODS: dict[str, Method] = {
     "linear-probe": Method(_probe_on_features, (1e-1, 1e-1, 1e-1), (1e-2, 1e-2, 1e-2), True, _SIDE_CODE),
-    "zeroth-order": Method(_probe_on_features, (1.0, 1.0, 1.0), None, True, (*_SIDE_CODE, "zeroth_order"), num_directions=16),
+    "zeroth-order": Method(_probe_on_features, (2.0, 2.0, 2.0), None, True, (*_SIDE_CODE, "zeroth_order"), num_directions=16),
     "side-cached": Method(_side(), **_SIDE_RATES),
     "side-cached mlp": Method(_side(block="mlp"), **_SIDE_RATES),
     "side-cached adapter": Method(_side(block="adapter"), **_SIDE_RATES),
