@@ -158,9 +158,10 @@ class Cell:
             raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
                              f"{self.rates!r}")
         check_clipping(self.clipping, self.max_grad_norm)
-        if METHODS[self.method].num_directions and (not math.isfinite(self.epsilon) or self.clipping != "flat" or len({*(self.rates or "1")}) > 1):
-            raise ValueError("zeroth order is private here, has one rate, and clips its K slopes as one vector: write a finite epsilon, "
-                             'three equal rates and clipping="flat"')
+        fits = math.isfinite(self.epsilon) and len({*(self.rates or "1")}) == 1 and (self.clipping, self.model) == ("flat", _MODEL)
+        if METHODS[self.method].num_directions and not fits:
+            raise ValueError("zeroth order trains the default model's linear classifier, privately, at one rate, and clips its K slopes as one "
+                             f'vector: write model="{_MODEL}", a finite epsilon, three equal rates and clipping="flat"')
         if self.without_noise and not math.isfinite(self.epsilon):
             raise ValueError("without_noise takes the noise out of a private run's steps: give the epsilon whose steps they are")
         for name, count in (("num_train", self.num_train), ("num_test", self.num_test)):
@@ -310,9 +311,8 @@ def rows_of(cell: Cell) -> Iterator[tuple[dict, bool]]:
         for row in csv.DictReader(file):
             if (row["method"], row["dataset"]) == (cell.method, cell.dataset):
                 have = json.loads(row["settings"])
-                if {**have, "code": ""} != {**wanted, "code": ""}:
-                    continue
-                if not math.isfinite(cell.epsilon) or float(row["max_grad_norm"]) == cell.max_grad_norm:
+                alike = {**have, "code": ""} == {**wanted, "code": ""}
+                if alike and (not math.isfinite(cell.epsilon) or float(row["max_grad_norm"]) == cell.max_grad_norm):
                     yield row, canonical_code(cell.method, have["code"]) == canonical_code(cell.method, wanted["code"])
 
 

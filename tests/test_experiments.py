@@ -66,9 +66,9 @@ def test_zeroth_order_trains_the_head_alone_as_through_the_whole_model(few_rows,
     assert cell("zeroth-order").settings()["optimizer"] == "sgd" and cell("zeroth-order").settings()["num_directions"] == 3
 
 
-@pytest.mark.parametrize("change", [{"epsilon": math.inf}, {"clipping": "automatic"}, {"rates": (1.0, 2.0, 1.0)}])
+@pytest.mark.parametrize("change", [{"epsilon": math.inf}, {"clipping": "automatic"}, {"rates": (1.0, 2.0, 1.0)}, {"model": "roberta-large"}])
 def test_what_zeroth_order_does_not_do_is_refused(change):
-    with pytest.raises(ValueError, match="zeroth order is private here, has one rate, and clips its K slopes as one vector"):
+    with pytest.raises(ValueError, match='trains the default model.s linear classifier, privately.*model="default-encoder", a finite epsilon'):
         cell("zeroth-order", **change)
 
 
