@@ -116,14 +116,13 @@ class Cell:
         epochs: of training without privacy, at batches of 32.
         max_tokens: longer texts are cut.
         rates: instead of the method's own.
-        clipping: of private training: ``flat``, ``automatic`` or ``per_layer``.
+        clipping: of private training: ``flat``, ``automatic`` or ``per_layer``; None is automatic, and flat for zeroth order.
         max_grad_norm: C.
         side: settings of `SideNetworkConfig`, instead of the method's own; for ``side-cached`` alone.
         num_train: trains on so many examples, drawn at random (seed 0, the same ones for every cell); None takes all.
         num_test: validates and tests on so many each, likewise.
         without_noise: the steps and the clipping of a private run with σ = 0: no privacy (ε = ∞), to see what noise alone costs.
-        autocast: computes in bfloat16 where autocast does, about 1.5 times faster on the CPUs that have it; for methods that run
-            the backbone.
+        autocast: computes in bfloat16 where autocast does, about 1.5 times faster on CPUs that have it; where the backbone runs.
         model: what is fine-tuned, as `backbones.load_backbone` takes it. Rates were searched on the default.
     """
 
@@ -137,7 +136,7 @@ class Cell:
     epochs: int = 3
     max_tokens: int = 48
     rates: tuple[float, float, float] | None = None
-    clipping: str = "automatic"
+    clipping: str | None = None
     max_grad_norm: float = 1.0
     side: dict | None = None
     num_train: int | None = None
@@ -155,10 +154,11 @@ class Cell:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number >= {least}, got {getattr(self, name)!r}")
         if self.rates is not None and (len(self.rates) != 3 or not all(isinstance(rate, (int, float)) and rate > 0 for rate in self.rates)):
-            raise ValueError("rates must be three numbers above 0 (of most parameters, of those that start at zero, of the head), got "
-                             f"{self.rates!r}")
+            raise ValueError(f"rates must be three numbers above 0 (of most parameters, of what starts at zero, of the head), got {self.rates!r}")
+        if self.clipping is None:
+            object.__setattr__(self, "clipping", "flat" if METHODS[self.method].num_directions else "automatic")  # of a frozen instance
         check_clipping(self.clipping, self.max_grad_norm)
-        fits = math.isfinite(self.epsilon) and len({*(self.rates or "1")}) == 1 and (self.clipping, self.model) == ("flat", _MODEL)
+        fits = math.isfinite(self.epsilon) and len(set(self.rates or [1])) == 1 and (self.clipping, self.model) == ("flat", _MODEL)
         if METHODS[self.method].num_directions and not fits:
             raise ValueError("zeroth order trains the default model's linear classifier, privately, at one rate, and clips its K slopes as one "
                              f'vector: write model="{_MODEL}", a finite epsilon, three equal rates and clipping="flat"')

@@ -34,7 +34,7 @@ def few_rows(monkeypatch, tmp_path):
 
 
 def cell(method="linear-probe", epsilon=8.0, seed=0, **settings):
-    small = {"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10, "clipping": "flat" if method == "zeroth-order" else "automatic"}
+    small = {"num_steps": 2, "batch_size": 20, "epochs": 1, "max_tokens": 10}
     return Cell("grid", "film_reviews", method, epsilon, seed, **{**small, **settings})
 
 
