@@ -2,12 +2,14 @@
 #
 #   make run                 execute notebooks/00_start_here.ipynb, print its table, write HTML
 #   make run NOTEBOOK=22     another one by number or name, or NOTEBOOK=all
+#   make run NOTEBOOK=41 PARAMETERS="epsilon=1 seeds=[0,1]"   with other values in its parameters cell
 #   make test                every test and every notebook (small parameters)
 #   make lab                 JupyterLab in the same environment
 #   make experiments         the recorded grids (GRID=film_reviews for one; SHARD=1/4 for a part): hours, and goes on where it stopped
 #   make refresh NOTEBOOK=22 execute with default parameters and write the outputs back into the notebook
 
 NOTEBOOK ?= 00
+PARAMETERS ?=
 GRID ?=
 PYTHON ?=
 PYTEST_ARGUMENTS ?=
@@ -22,7 +24,7 @@ in_environment = PYTHONUNBUFFERED=1 .venv/bin/python
 .PHONY: run test lab refresh experiments setup
 
 run: setup
-	@$(in_environment) -m memarc_utils.notebooks run "$(NOTEBOOK)"
+	@$(in_environment) -m memarc_utils.notebooks run "$(NOTEBOOK)" $(if $(PARAMETERS),--parameters $(PARAMETERS))
 
 test: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \

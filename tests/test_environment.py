@@ -99,6 +99,12 @@ def left_behind(root):
     return sorted(str(path.relative_to(root)) for path in found if str(path.relative_to(root)) not in own)
 
 
+def test_run_takes_parameters(checkout):
+    shown = subprocess.run([shutil.which("make"), "-n", "run", "NOTEBOOK=41", "PARAMETERS=epsilon=3 method='side-cached pooled'"],
+                           cwd=checkout, capture_output=True, text=True, timeout=60)
+    assert '-m memarc_utils.notebooks run "41" --parameters epsilon=3 method=\'side-cached pooled\'\n' in shown.stdout, shown
+
+
 def test_set_up_is_done_once(checkout):
     first = set_up(checkout)
     assert first.returncode == 0, first.stderr

@@ -41,6 +41,12 @@ def test_example_runs(capsys):
     assert "differentially private" in capsys.readouterr().out
 
 
+def test_notebooks_that_show_an_error_are_named():
+    named = re.findall(r"\d\d", re.search(r"the errors that ([^)]*?) show on purpose", TEXT)[1])
+    assert named == [path.name[:2] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+                     if '"raises-exception"' in path.read_text(encoding="utf-8")]
+
+
 @pytest.mark.parametrize("command", re.findall(r"^make (\w+)", TEXT, re.MULTILINE))
 def test_commands_exist(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
