@@ -7,6 +7,7 @@ neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`
 i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
@@ -107,6 +108,10 @@ def note_step(optimizer) -> None:
     """The optimizer has taken the step of the batch at work."""
     for sampler in _at_work:
         if sampler.plan == optimizer.plan:
+            if any(other is not optimizer for other in sampler.stepped):
+                warnings.warn("another optimizer has stepped on this batch. Who is in it was drawn once for both: together they spend what one "
+                              "run with noise_multiplier divided by the root of 2 spends, more than their ε added up. Draw a batch for "
+                              "each, one run after the other", stacklevel=3)
             sampler.stepped.add(optimizer)
 
 
@@ -130,6 +135,12 @@ class _Batches:
         return {"steps_drawn": self.steps_drawn, "generator": self.generator.get_state(), **self._more_state()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises:
+            ValueError: batches were drawn already: an earlier state would draw them again, and ε counts new draws.
+        """
+        if self.steps_drawn:
+            raise ValueError(f"this sampler has drawn {self.steps_drawn} batches: an earlier state would draw the same ones again, which the "
+                             "plan does not pay for. Load it into a new sampler of a new run, before the first batch")
         self.steps_drawn = state["steps_drawn"]
         self.generator.set_state(state["generator"])
         self._load_more(state)

@@ -209,7 +209,8 @@ class GradSampler:
         self._counting = True
         self._passes.note()
         self._model_calls += module is self.model
-        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"),
+                      kwargs.get("position_ids"))
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:

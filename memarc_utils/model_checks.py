@@ -34,6 +34,9 @@ def check_owner(name: str, module: nn.Module) -> object:
     if "forward" in vars(module):
         raise ValueError(f"the forward of {name or kind}, which owns {full[0]}, was replaced on the instance (is the model "
                          "private already, or wrapped by another library?). Undo that first, e.g. with private.detach()")
+    if odd := [f for key, f in zip(trainable, full) if getattr(module, key).is_complex()]:
+        raise ValueError(f"{odd[0]} is complex, and the engine would make half of its gradient: train its real and imaginary parts as two "
+                         "real parameters, or freeze it")
     rule = rule_for(module)
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         raise ValueError(f"{full[0]} belongs to a parametrization, computed anew at every use of the weight. Fold it in first "
@@ -292,6 +295,9 @@ def check_same_parameters(model: nn.Module, names: dict[nn.Parameter, str]) -> N
     """
     if hooked := [name for p, name in names.items() if p._post_accumulate_grad_hooks]:
         raise ValueError(f"{hooked[0]} has a post-accumulate-grad hook, which could step past the clipper: remove the hook")
+    if hooked := [name for p, name in names.items() if p._backward_hooks]:
+        raise ValueError(f"{hooked[0]} has a gradient hook (register_hook), which would be handed no gradient, since autograd makes none of a "
+                         "private parameter: remove the hook, and read private.clipped_sum() or private.gradient_norms instead")
     now = {p: name for name, p in model.named_parameters() if p.requires_grad}
     if added := [name for p, name in now.items() if p not in names]:
         raise ValueError(f"trainable parameters appeared after make_private: {', '.join(added[:5])}. Add adapters and move "

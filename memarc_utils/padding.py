@@ -94,24 +94,31 @@ def _stacked(name: str, values: list, fills: Mapping[str, int | float]) -> Tenso
 
 
 def without_spare_padding(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same rows, no wider than the longest of them by its ``attention_mask``."""
-    if (lengths := lengths_of(batch)) is None or not int(lengths.max()):
+    """The same rows without the columns, on either side, that the ``attention_mask`` of every one of them leaves out."""
+    if (spans := _spans_of(batch)) is None or not int((spans[1] - spans[0]).max()):
         return batch
-    width, longest = batch["attention_mask"].shape[1], int(lengths.max())
+    width, first, last = batch["attention_mask"].shape[1], int(spans[0].min()), int(spans[1].max())
 
     def of_tokens(name: str, t: Any) -> bool:  # labels of several classes are numbers with a point, and no tokens
         return (name in _OF_TOKENS and isinstance(t, Tensor) and t.dim() > 1 and t.shape[1] == width
                 and not (name == "labels" and t.is_floating_point()))
 
-    return type(batch)({name: t[:, :longest] if of_tokens(name, t) else t for name, t in batch.items()})
+    return type(batch)({name: t[:, first:last] if of_tokens(name, t) else t for name, t in batch.items()})
 
 
 def lengths_of(batch: Any) -> Int[Tensor, " batch"] | None:
-    """Up to which column each row's ``attention_mask`` lets it be read; None without a mask of tokens."""
+    """How many columns each row needs, from the first to the last that its ``attention_mask`` lets be read; None without one of tokens."""
+    spans = _spans_of(batch)
+    return None if spans is None else (spans[1] - spans[0]).clamp_min(0)
+
+
+def _spans_of(batch: Any) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]] | None:
+    """First column of each row that is read, and the one after the last; (T, 0) where none is."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or not len(mask) or not mask.shape[1] or not holds_data(mask):
         return None
-    return ((mask != 0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).cpu()
+    width, columns = mask.shape[1], torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (width - ((mask != 0) * columns.flip(0)).amax(1)).cpu(), ((mask != 0) * columns).amax(1).cpu()
 
 
 @contextlib.contextmanager
@@ -122,10 +129,11 @@ def padding_checked(model: nn.Module) -> Iterator[None]:
         ValueError: see `check_padding`.
     """
     def check(module, args, kwargs):
-        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
+        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"), kwargs.get("position_ids"))
 
-    classifiers = [module for module in model.modules() if isinstance(getattr(module, "score", None), nn.Module)]
-    hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in classifiers]
+    # each model of transformers within: the one whose head reads a token, and its base, which a loss may call by itself
+    hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in model.modules() if hasattr(module, "config")
+             and (hasattr(module, "base_model_prefix") or isinstance(getattr(module, "score", None), nn.Module))]
     try:
         yield
     finally:
@@ -133,13 +141,24 @@ def padding_checked(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-    """For a classifier of decoder type (GPT-2, OPT, Llama: a head called ``score``), which reads the last token that is not
+def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> None:
+    """Padding on the left moves tokens to other positions as far as the longest neighbour is longer: of learned positions those of a row
+    would be others, and an encoder's first token another one.
+
+    For a classifier of decoder type (GPT-2, OPT, Llama: a head called ``score``), which reads the last token that is not
     ``config.pad_token_id``: padded with another one it would read a position that depends on the longest neighbour.
 
     Raises:
-        ValueError: a masked position holds another token, or tokens are not given and some positions are masked.
+        ValueError: a masked position holds another token, or tokens are not given and some positions are masked; or rows are padded on
+            the left, unless the positions are relative (Llama types), made from the mask (OPT) or given (GPT-2).
     """
+    family = getattr(getattr(module, "config", None), "model_type", "")
+    if (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] and holds_data(attention_mask)
+            and family not in ("opt", "llama", "mistral", "qwen2") and not (family == "gpt2" and position_ids is not None)
+            and bool(((attention_mask[:, 0] == 0) & (attention_mask != 0).any(1)).any())):
+        raise ValueError("rows are padded on the left: an example's positions, or its first token, would depend on its longest neighbour. "
+                         "Pad on the right (memarc_utils.batch_selection.pad_rows), or give GPT-2 position_ids that begin at 0 with the "
+                         "first token: (attention_mask.cumsum(1) - 1).clamp_min(0)")
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
     if pad is None or not isinstance(getattr(module, "score", None), nn.Module):
         return

@@ -272,7 +272,7 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
         raise ValueError("this model is reversible, and a side network's backbone keeps no activations anyway: load the backbone anew")
     view = block_view(backbone)
     family = backbone.config.model_type
-    causal = family in ("gpt2", "opt", *LLAMA_TYPES)
+    causal = family in ("gpt2", "opt", *LLAMA_TYPES) or bool(getattr(backbone.config, "is_decoder", False))
     # OPT's language model calls the decoder inside its base module, so the ladder goes there.
     owner, attribute = (view.base, "decoder") if family == "opt" else (backbone, name)
     side = SideNetwork(getattr(owner, attribute), view.blocks, view.mlps, list(view.heads.values()), view.width, config, causal)

@@ -68,7 +68,9 @@ def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once:
     """
     if tokens_at_once is not None and (isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1):
         raise ValueError(f"tokens_at_once must be a whole number >= 1, or None, got {tokens_at_once!r}")
-    labels = batch["labels"][:, 1:]
+    labels, mask = batch["labels"][:, 1:], batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == batch["labels"].shape:  # padded on the left, a first token has none to be predicted from
+        labels = labels.masked_fill(mask[:, :-1] == 0, -100)
     inputs = {name: t for name, t in batch.items() if name != "labels"}
     base = getattr(model, model.base_model_prefix)
     base = getattr(base, "decoder", base)  # OPT's language model calls the decoder inside its base module

@@ -958,7 +958,7 @@ def test_verify_sensitivity_sees_what_a_neighbours_padding_does():
     batch = {"input_ids": ids * mask, "attention_mask": mask}
     wrong = verify_sensitivity(model, causal_lm_losses, {**batch, "labels": ids * mask}, 0.1)
     right = verify_sensitivity(model, causal_lm_losses, {**batch, "labels": ids.masked_fill(mask == 0, -100)}, 0.1)
-    assert wrong.max_contribution > 0.12 and not wrong.holds and right.holds
+    assert wrong.max_contribution > 0.105 and not wrong.holds and right.holds
 
 
 def test_going_back_to_a_state_is_refused():

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from memarc_utils.accounting import PrivacyPlan
@@ -19,6 +20,7 @@ from memarc_utils.function_rules import per_example_loop
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
+from memarc_utils import training
 from memarc_utils.training import classification_losses
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5, tiny
@@ -625,3 +627,87 @@ def test_the_sensitivity_check_sees_statistics_that_are_kept_in_training_mode_on
     with pytest.raises(ValueError, match="the buffer mean was written"):
         verify_sensitivity(model, lambda m, b: m(b["x"]).square().sum(1), {"x": 5 + x_of(4, 3)})
     assert model.mean.abs().max() == 0, "the model comes back as it was"
+
+
+def padded_on_the_left(rows, positions=True):
+    longest = max(map(len, rows))
+    def fill(row, value):
+        return [value] * (longest - len(row)) + row
+    batch = {"input_ids": torch.tensor([fill(row, 0) for row in rows]), "labels": torch.tensor([fill(row, -100) for row in rows]),
+             "attention_mask": torch.tensor([fill([1] * len(row), 0) for row in rows])}
+    return {**batch, "position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)} if positions else batch
+
+
+ONE_LONG = [torch.randint(3, 101, (n,), generator=seeded(n)).tolist() for n in (4, 4, 4, 4, 4, 4, 4, 9)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_first_token_after_padding_is_no_target(family):
+    """With a longer neighbour it was one, predicted from a pad token: one example moved the sum by 2.4 to 3.8 C."""
+    model = tiny_backbone(family, "causal_lm").requires_grad_()
+    batch = padded_on_the_left(ONE_LONG)
+    if family == "opt":
+        del batch["position_ids"]
+    report = verify_sensitivity(model, training.causal_lm_losses, batch, max_grad_norm=0.1)
+    assert report.holds and report.max_contribution <= 0.1 * (1 + 1e-4), report
+    alone = [training.causal_lm_losses(model, padded_on_the_left([row]))[0] for row in ONE_LONG]
+    torch.testing.assert_close(training.causal_lm_losses(model, batch), torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def losses_with_the_first_token(model, batch):
+    labels = batch["labels"][:, 1:]
+    logits = model(**{name: t for name, t in batch.items() if name != "labels"}).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1) / (labels != -100).sum(1)
+
+
+def test_padding_on_the_left_is_seen():
+    """The checks that leave rows out cut what only they needed, on the left too."""
+    model, batch = tiny_backbone("gpt2", "causal_lm").requires_grad_(), padded_on_the_left(ONE_LONG)
+    assert not verify_sensitivity(model, losses_with_the_first_token, batch, max_grad_norm=0.1).holds
+    zeroth = make_zeroth_order(model, plan_for_tests(dataset_size=8, expected_batch_size=8), 0.1)
+    with pytest.raises(ValueError, match="the losses mix examples"):
+        for _ in range(20):
+            zeroth.step([batch], losses_with_the_first_token)
+
+
+@pytest.mark.parametrize("family, task", [("gpt2", "causal_lm"), ("bert", "classification"), ("distilbert", "classification")])
+def test_padding_on_the_left_is_refused_where_it_moves_an_example(family, task):
+    model = tiny_backbone(family, task).requires_grad_()
+    batch = padded_on_the_left(ONE_LONG, positions=False)
+    batch["labels"] = batch["labels"] if task == "causal_lm" else torch.zeros(8, dtype=torch.long)
+    losses = training.causal_lm_losses if task == "causal_lm" else classification_losses
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="padded on the left"):
+        private.backward(losses(model, batch))
+    private.detach()
+    with pytest.raises(ValueError, match="padded on the left"):
+        make_zeroth_order(model, plan_for_tests(), 0.1).step([batch], losses)
+
+
+def test_a_hook_on_a_parameter_is_refused():
+    """It would be handed None where a clipped sum is meant."""
+    model = nn.Linear(3, 2)
+    model.weight.register_hook(lambda gradient: None if gradient is None else gradient * 0)
+    with pytest.raises(ValueError, match="weight has a gradient hook"):
+        private = private_sgd(model)
+        private.backward(model(x_of(4, 3)).square().sum(1))
+        private.step()
+
+
+def test_complex_parameters_are_refused():
+    """Half of their gradient was trained."""
+    with pytest.raises(ValueError, match="weight is complex"):
+        private_sgd(nn.Linear(4, 4, dtype=torch.complex64))
+
+
+def test_a_decoding_encoder_keeps_its_side_blocks_from_later_tokens():
+    """An encoder with is_decoder=True is a language model: its side attention saw the targets."""
+    config = transformers.RobertaConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+                                        max_position_embeddings=66, is_decoder=True, pad_token_id=1, tie_word_embeddings=False)
+    model = attach_side_network(transformers.RobertaForCausalLM(config).eval(), SideNetworkConfig(reduction=4, heads=2))
+    shake(model)
+    ids = torch.randint(3, 101, (2, 10), generator=seeded())
+    other = torch.cat([ids[:, :-1], (ids[:, -1:] + 5) % 90 + 3], 1)
+    with torch.no_grad():
+        before, after = (model(input_ids=each, attention_mask=torch.ones_like(ids)).logits[:, :-1] for each in (ids, other))
+    torch.testing.assert_close(before, after)
