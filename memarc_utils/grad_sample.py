@@ -208,7 +208,7 @@ class GradSampler:
             return
         self._counting = True
         self._passes.note()
-        self._model_calls += module is self.model
+        self._model_calls, self._layer_called = self._model_calls + (module is self.model), True
         check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"),
                       kwargs.get("position_ids"))
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]

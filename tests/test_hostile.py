@@ -11,8 +11,9 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.adapters import select_bias_terms
+from memarc_utils.adapters import add_lora, select_bias_terms
 from memarc_utils.backbones import freeze, tiny_backbone
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
@@ -20,7 +21,6 @@ from memarc_utils.function_rules import per_example_loop
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.reversible import make_reversible
 from memarc_utils.side_network import SideNetworkConfig, attach_side_network
-from memarc_utils import training
 from memarc_utils.training import classification_losses
 from memarc_utils.zeroth_order import make_zeroth_order
 from tests.models import loop_gradients, padded_batch, plain_losses, plan_for_tests, private_sgd, seeded, shake, t5, tiny
@@ -493,6 +493,7 @@ def test_a_detached_optimizer_says_so():
 WRONG_TYPES = """
 import torch
 from torch import nn
+from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
 from memarc_utils.auditing import audit_quickly
@@ -711,3 +712,19 @@ def test_a_decoding_encoder_keeps_its_side_blocks_from_later_tokens():
     with torch.no_grad():
         before, after = (model(input_ids=each, attention_mask=torch.ones_like(ids)).logits[:, :-1] for each in (ids, other))
     torch.testing.assert_close(before, after)
+
+
+@pytest.mark.parametrize("prepare", [add_lora, lambda model: make_reversible(add_lora(model))], ids=["lora", "reversible"])
+def test_a_loss_that_calls_the_base_counts_as_a_call(prepare):
+    """The layers of a reversible block record while it is computed again: the second micro-batch was taken for a second look at the first."""
+    model = prepare(tiny_backbone("llama", "causal_lm", tie=True))
+    shake(model)
+    batch, private = padded_batch(model, "causal_lm"), private_sgd(model)
+    private.backward(training.causal_lm_losses(model, batch))
+    once = {name: total.clone() for name, total in private.clipped_sum().items()}
+    losses = training.causal_lm_losses(model, batch)
+    private.backward(losses)
+    for name, total in private.clipped_sum().items():
+        torch.testing.assert_close(total, 2 * once[name])
+    with pytest.raises((ValueError, RuntimeError), match="without a model call before it|a second time"):
+        private.backward(losses)
