@@ -2,7 +2,7 @@
 #
 #   make run                 execute notebooks/00_start_here.ipynb, print its table, write HTML
 #   make run NOTEBOOK=22     another one by number or name, or NOTEBOOK=all
-#   make run NOTEBOOK=41 PARAMETERS="epsilon=1 seeds=[0,1]"   with other values in its parameters cell
+#   make run NOTEBOOK=41 PARAMETERS="epsilon=3 num_seeds=5"   with other values in its parameters cell
 #   make test                every test and every notebook (small parameters)
 #   make lab                 JupyterLab in the same environment
 #   make experiments         the recorded grids (GRID=film_reviews for one; SHARD=1/4 for a part): hours, and goes on where it stopped

@@ -493,7 +493,6 @@ def test_a_detached_optimizer_says_so():
 WRONG_TYPES = """
 import torch
 from torch import nn
-from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora
 from memarc_utils.auditing import audit_quickly

@@ -18,6 +18,11 @@ def _figure_of_00() -> bytes:
     return base64.b64decode("".join(images[-1]))
 
 
+def parameters_of(notebook) -> set[str]:
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    return set(re.findall(r"^(\w+):", "".join(cell["source"]), re.MULTILINE))
+
+
 def test_short():
     assert len(TEXT.splitlines()) <= 150
 
@@ -45,6 +50,14 @@ def test_notebooks_that_show_an_error_are_named():
     named = re.findall(r"\d\d", re.search(r"the errors that ([^)]*?) show on purpose", TEXT)[1])
     assert named == [path.name[:2] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
                      if '"raises-exception"' in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("file", ["README.md", "Makefile"])
+def test_parameters_of_examples_exist(file):
+    for number, given in re.findall(r'NOTEBOOK=(\d\d) PARAMETERS="([^"]+)"', (ROOT / file).read_text(encoding="utf-8")):
+        (path,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+        names = parameters_of(json.loads(path.read_text(encoding="utf-8")))
+        assert {assignment.split("=")[0] for assignment in given.split()} <= names, (file, given)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^make (\w+)", TEXT, re.MULTILINE))
