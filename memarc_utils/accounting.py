@@ -92,7 +92,7 @@ class PrivacyPlan:
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be > 0; write for example 1.0.")
         _check_delta(self.delta, self.dataset_size)
-        if self.sampling not in NEIGHBOURS:
+        if not isinstance(self.sampling, str) or self.sampling not in NEIGHBOURS:
             raise ValueError(f'sampling={self.sampling!r} is unknown; write "poisson" or "shuffled".')
 
     @classmethod

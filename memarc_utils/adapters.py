@@ -158,7 +158,7 @@ def add_bottleneck_adapters(model: nn.Module, reduction: int | None = None, widt
     _refuse_adapted(model)
     heads, view = _checked_heads(model), block_view(model)
     bottleneck = _bottleneck(view.width, reduction, width)
-    if not after or set(after) - {"attention", "mlp"} or len(set(after)) < len(after):
+    if not after or not isinstance(after, (tuple, list)) or set(after) - {"attention", "mlp"} or len(set(after)) < len(after):
         raise ValueError(f'after must be ("attention", "mlp"), ("attention",) or ("mlp",), got {after!r}')
     _let_train(model)
     model.requires_grad_(False)
@@ -221,7 +221,7 @@ def add_lora(backbone: nn.Module, rank: int = 8, alpha: float | None = None, tar
     heads = _checked_heads(backbone)
     family = backbone.config.model_type
     targets = list(_QUERY_VALUE[family]) if target_modules is None else target_modules
-    if isinstance(targets, str) or not targets:
+    if not isinstance(targets, (tuple, list)) or not targets or not all(isinstance(target, str) for target in targets):
         raise ValueError(f'target_modules must be a tuple of names such as ("query", "value"), got {target_modules!r}')
     for name, layer in backbone.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets) and not isinstance(layer, (nn.Linear, Conv1D)):

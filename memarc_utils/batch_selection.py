@@ -7,7 +7,7 @@ neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`
 i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
-import warnings
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
@@ -18,7 +18,7 @@ from torch import Tensor
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.data_parallel import rank_and_size
 from memarc_utils.padding import num_tokens, pad_rows
-from memarc_utils.randomness import seed_from_operating_system
+from memarc_utils.randomness import check_generator, seed_from_operating_system
 
 
 def _rows(dataset, indices: list[int]) -> list:
@@ -28,6 +28,9 @@ def _rows(dataset, indices: list[int]) -> list:
     return [dataset[i] for i in indices]
 
 
+_turns = itertools.count()  # of batches that are drawn and iterated: the last one is what a step is made of
+
+
 class LogicalBatch:
     """One step's examples. Iterating yields its micro-batches, once; an empty batch yields none."""
 
@@ -35,6 +38,7 @@ class LogicalBatch:
         self.indices = indices
         self._dataset, self._physical, self._collate = dataset, physical_batch_size, collate
         self._used = self._whole = False
+        self.turn = next(_turns)
 
     def __len__(self) -> int:
         """Number of examples (private: the plan's expected batch size is the public number)."""
@@ -44,7 +48,7 @@ class LogicalBatch:
         if self._used:
             raise ValueError("this batch was iterated already: an example that enters the sum twice moves it by 2 C. Keep the "
                              "micro-batches with list(batch) if you need to look at them again")
-        self._used = True
+        self._used, self.turn = True, next(_turns)
         rows = _rows(self._dataset, self.indices)
         if rows and isinstance(rows[0], dict) and num_tokens(rows[0]) is not None:
             rows.sort(key=num_tokens)  # rows of like length together: less padding to compute
@@ -79,16 +83,17 @@ def check_batch_at_work(optimizer, num_losses: int) -> None:
     to compare with: then a step's batch is the caller's own word.
 
     Args:
-        optimizer: private or of zeroth order, with its ``plan``.
+        optimizer: private or of zeroth order, with its ``plan``; what its step's first losses come from stays its ``batches_of_step``.
         num_losses: that its step has seen so far.
 
     Raises:
-        ValueError: the batch is of another plan, of a second shuffle, has fewer examples, or has had its step: several batches in one
-            step, or several losses of one example, would move the sum by several C, and a batch that is used twice was drawn once.
+        ValueError: the batch is of another plan, of a second shuffle, has fewer examples, or has had its step, of this optimizer or
+            another: several batches in one step, or several losses of one example, would move the sum by several C, and a batch
+            that is used twice was drawn once.
     """
     if not _at_work:
         return
-    sampler = next((sampler for sampler in reversed(_at_work) if sampler.plan == optimizer.plan), None)
+    sampler = _sampler_of(optimizer)
     if sampler is None:
         raise ValueError("the batch at work was drawn for another plan than this optimizer's, and ε would be that of other batches: make "
                          "both with one plan, poisson_batches(dataset, private.plan), or leave that loop first")
@@ -96,23 +101,33 @@ def check_batch_at_work(optimizer, num_losses: int) -> None:
         raise ValueError(f"this sampler has drawn {sampler.steps_drawn} batches and the optimizer taken {optimizer.steps_taken} steps: a new "
                          "shuffle begins a new epoch, and some examples come twice where the plan pays for once. Keep one shuffled_batches "
                          "object for the whole run (a resume loads its state)")
+    if num_losses:
+        optimizer.batches_of_step = sampler
     if num_losses > len(sampler.batch):
         raise ValueError(f"this step has {num_losses} losses, the batch at work {len(sampler.batch)} examples: give one loss an example and "
                          "take one private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; "
                          "what an interrupted batch left is forgotten with private.zero_grad()")
     if num_losses and optimizer in sampler.stepped:
         raise ValueError("the batch at work has had its step: a second one needs a batch of its own, which the sampler draws")
+    if num_losses and sampler.stepped:
+        raise ValueError("another optimizer has stepped on this batch. Who is in it was drawn once for both: together they spend what one run "
+                         "with noise_multiplier divided by the root of 2 spends, more than their ε added up. Give each its own sampler "
+                         "and go through its batch right before its step, or train both models as one, with one optimizer")
 
 
 def note_step(optimizer) -> None:
     """The optimizer has taken the step of the batch at work."""
-    for sampler in _at_work:
-        if sampler.plan == optimizer.plan:
-            if any(other is not optimizer for other in sampler.stepped):
-                warnings.warn("another optimizer has stepped on this batch. Who is in it was drawn once for both: together they spend what one "
-                              "run with noise_multiplier divided by the root of 2 spends, more than their ε added up. Draw a batch for "
-                              "each, one run after the other", stacklevel=3)
-            sampler.stepped.add(optimizer)
+    if (sampler := _sampler_of(optimizer)) is not None:
+        sampler.stepped.add(optimizer)
+    optimizer.batches_of_step = None
+
+
+def _sampler_of(optimizer) -> "_Batches | None":
+    """What the step's first losses came from; for these, of those at work for the optimizer's plan, the one whose batch was drawn or
+    iterated last: loops over several, zipped or one within the other, each go through their own batch before its losses."""
+    if (begun := optimizer.batches_of_step) in _at_work:
+        return begun
+    return max((sampler for sampler in _at_work if sampler.plan == optimizer.plan), key=lambda sampler: sampler.batch.turn, default=None)
 
 
 class _Batches:
@@ -141,6 +156,8 @@ class _Batches:
         if self.steps_drawn:
             raise ValueError(f"this sampler has drawn {self.steps_drawn} batches: an earlier state would draw the same ones again, which the "
                              "plan does not pay for. Load it into a new sampler of a new run, before the first batch")
+        if not isinstance(state, dict) or not {"steps_drawn", "generator"} <= state.keys():
+            raise ValueError("this is no state of a sampler: give what its state_dict() returned")
         self.steps_drawn = state["steps_drawn"]
         self.generator.set_state(state["generator"])
         self._load_more(state)
@@ -205,7 +222,8 @@ class ShuffledBatches(_Batches):
         self._order = list(state["order"])
 
 
-def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str, collate: Callable | None) -> None:
+def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str, collate: Callable | None, pad_token_id: int,
+           generator: torch.Generator | None) -> None:
     if not isinstance(plan, PrivacyPlan):
         raise ValueError(f"plan must be a PrivacyPlan, got a {type(plan).__name__}: make it with PrivacyPlan.from_epsilon")
     if plan.sampling != sampling:
@@ -214,6 +232,18 @@ def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str, 
                          f"Use {mend}, or plan.with_sampling({sampling!r}) whose ε is that of {sampling} batches")
     if isinstance(physical_batch_size, bool) or not isinstance(physical_batch_size, Integral) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a whole number >= 1, got {physical_batch_size!r}")
+    if (not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or hasattr(dataset, "iloc")
+            or isinstance(dataset, (Mapping, str))):
+        raise ValueError(f"a data set has a length and gives row i as dataset[i]; a {type(dataset).__name__} does not: give a list of rows, a "
+                         "torch data set, or datasets.Dataset.from_pandas(frame), from_dict(columns)")
+    if collate is not None and not callable(collate):
+        raise ValueError(f"collate must be a function of a list of rows, got a {type(collate).__name__}")
+    if collate is None and (isinstance(pad_token_id, bool) or not isinstance(pad_token_id, Integral)):
+        raise ValueError(f"pad_token_id must be a whole number, got {pad_token_id!r}: the model's, or any token where it has none and an "
+                         "attention_mask says what is padding")
+    check_generator("generator", generator)
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"generator is on {generator.device}: who is in which batch is drawn on the CPU, torch.Generator()")
     # Poisson sampling knows q alone. A shuffled plan counts how often an example comes, and a smaller data set comes round sooner.
     slack = max(1, plan.dataset_size // 100)
     if not -slack * (sampling == "poisson") <= len(dataset) - plan.dataset_size <= slack:
@@ -243,7 +273,7 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
     Raises:
         ValueError: the plan is for another sampling or another data set's size.
     """
-    _check(dataset, plan, physical_batch_size, "poisson", collate)
+    _check(dataset, plan, physical_batch_size, "poisson", collate, pad_token_id, generator)
     return PoissonBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)
 
 
@@ -254,5 +284,5 @@ def shuffled_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, 
     Arguments as in `poisson_batches`; the plan must be made for it (``plan.with_sampling("shuffled")``), and its ε is
     the larger one.
     """
-    _check(dataset, plan, physical_batch_size, "shuffled", collate)
+    _check(dataset, plan, physical_batch_size, "shuffled", collate, pad_token_id, generator)
     return ShuffledBatches(dataset, plan, physical_batch_size, collate, pad_token_id, generator)

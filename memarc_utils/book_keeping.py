@@ -70,7 +70,9 @@ def keep_pair(rows: int, columns: int, tokens: int, bookkeeping: str = "memory",
 def pair_gradient(left: Float[Tensor, "batch tokens rows"], right: Float[Tensor, "batch tokens columns"]
                   ) -> Float[Tensor, "batch rows columns"]:
     """Per-example gradients ``left_iᵀ right_i``, accumulated in float32 or wider."""
-    return torch.bmm(_wide(left).transpose(1, 2), _wide(right))
+    left, right = _wide(left), _wide(right)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return torch.bmm(left.transpose(1, 2).to(dtype), right.to(dtype))
 
 
 class Squares(NamedTuple):

@@ -79,7 +79,7 @@ class PrivateOptimizer:
         self.sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer")
         self.contribution_bound = contribution_bound(plan.max_grad_norm, clipping, self.sampler.num_groups)
         self.steps_taken = self.examples_dropped = self._finite_examples = self._num_losses = 0
-        self._training_checked = False
+        self.batches_of_step, self._training_checked = None, False
         self.gradient_norms: Tensor | None = None
         self.detached = False
         if noise_generator is None and plan.noise_multiplier > 0:
@@ -210,7 +210,7 @@ class PrivateOptimizer:
     def zero_grad(self) -> None:
         """Forgets the clipped sum and any gradient: start the batch anew."""
         self.sampler.clear()
-        self._num_losses = 0
+        self._num_losses, self.batches_of_step = 0, None
         for parameter in self.sampler.names:
             parameter.grad = None
         self.optimizer.zero_grad(set_to_none=True)
@@ -265,7 +265,7 @@ class PrivateOptimizer:
             ValueError: the state belongs to another plan, clipping function, or was saved without a sampler; or this optimizer has taken
                 steps, which going back would leave out of ε while their noise would be drawn again.
         """
-        check_state(state, {"plan", "model", "optimizer", "noise_generator", "steps_taken", "sampler"})
+        check_state(state, {"plan", "model", "optimizer", "noise_generator", "steps_taken", "examples_dropped", "sampler"})
         check_not_begun(self.steps_taken)
         check_sampler(sampler, self.plan)
         kept = ("clipping", "noise", "ranks")
@@ -286,7 +286,7 @@ class PrivateOptimizer:
         self.sampler.note_buffers()
         if self.noise_generator is not None:
             self.noise_generator.set_state(state["noise_generator"])
-        if "dropout" in state:
+        if state.get("dropout"):
             _set_global_states(state["dropout"], self._device)  # masks go on, too, as in a run that was not cut
         if sampler is not None:
             sampler.load_state_dict(state["sampler"])

@@ -254,7 +254,7 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
     settings, size = cell.settings(), len(rows["train"])
     share = adapters.trainable_share(model)[2]
     found = {"num_train": size, "share": share}
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
+    adamw = functools.partial(torch.optim.AdamW, training.parameter_groups(model, *settings["rates"]), weight_decay=0.0)
     if math.isfinite(cell.epsilon):
         plan = PrivacyPlan.from_epsilon(target_epsilon=cell.epsilon, delta=1 / (10 * size), dataset_size=size, num_steps=cell.num_steps,
                                         expected_batch_size=cell.batch_size, max_grad_norm=cell.max_grad_norm)
@@ -270,11 +270,11 @@ def run_cell(cell: Cell) -> dict[str, float | int]:
                 noise_generator=torch.Generator().manual_seed(1000 + cell.seed), physical_batch_size=4096,
                 direction_seed_generator=torch.Generator().manual_seed(2000 + cell.seed), **shared)
         else:
-            training.train_privately(model, rows["train"], plan, optimizer, losses, clipping=cell.clipping, physical_batch_size=64,
+            training.train_privately(model, rows["train"], plan, adamw(), losses, clipping=cell.clipping, physical_batch_size=64,
                                      noise_generator=noise, **shared)
         found.update(epsilon=plan.epsilon(), sigma=plan.noise_multiplier, delta=plan.delta, sample_rate=plan.sample_rate)
     else:
-        training.train_without_privacy(model, rows["train"], optimizer, losses, num_epochs=cell.epochs, description=cell.method,
+        training.train_without_privacy(model, rows["train"], adamw(), losses, num_epochs=cell.epochs, description=cell.method,
                                        generator=torch.Generator().manual_seed(cell.seed))
     with autocast():
         return {**found, **{f"{split}_accuracy": training.accuracy(model, rows[split]) for split in ("validation", "test")}}

@@ -155,7 +155,13 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
 def inputs_of_classifier(model: nn.Module, rows: CachedFeatures, batch_size: int = 64
                          ) -> tuple[Float[Tensor, "examples width"], Int[Tensor, " examples"]]:
     """What the classifier of a model sees of each row in evaluation mode, and the rows' labels: all that its training needs where nothing
-    below it trains."""
+    below it trains.
+
+    Raises:
+        ValueError: the model's head is no linear layer called ``classifier`` (BERT and DistilBERT have one).
+    """
+    if not isinstance(getattr(model, "classifier", None), nn.Linear):
+        raise ValueError(f"the head of {type(model).__name__} is no linear classifier over one vector an example: take a BERT or DistilBERT type")
     device, seen = next(model.parameters()).device, []
     model.eval()
     hook = model.classifier.register_forward_pre_hook(lambda classifier, inputs: seen.append(inputs[0]))

@@ -10,7 +10,7 @@ tensors by ``save_for_backward`` it works under activation checkpointing.
 import collections
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -71,10 +71,8 @@ class _RecordedLayer(torch.autograd.Function):
 
 def _autocast_of(ctx, device: str):
     """What is computed again is computed as it was: under the autocast of its forward."""
-    if not ctx.recomputed or ctx.autocast is None:
-        return nullcontext()
-    enabled, dtype = ctx.autocast
-    return torch.autocast(device, dtype=dtype, enabled=enabled)
+    enabled, dtype = ctx.autocast if ctx.recomputed and ctx.autocast is not None else (None, None)
+    return nullcontext() if enabled is None else torch.autocast(device, dtype=dtype, enabled=enabled)
 
 
 def full_precision(device: str):
@@ -157,7 +155,7 @@ class GradSampler:
         self.recorded: set[str] = set()
         self.held_bytes: dict[str, int] = {}
         self.foreign_backward = self.half_done = False
-        self._probe = Probe({name for name, _ in owners} if probe else set())
+        self._probe, self._refuses = Probe({name for name, _ in owners} if probe else set()), probe
         self._owner_names = {module: name for name, module in owners}
         self._batch: int | None = None
         self._tokens: set[int] = set()  # lengths of the model calls since the last backward pass
@@ -202,15 +200,17 @@ class GradSampler:
 
     # ---- forward -------------------------------------------------------------------------------------------------
     def _note_batch(self, module, args, kwargs) -> None:
-        """B and T come from the model call: the first of input_ids, inputs_embeds, or any tensor."""
+        """B and T come from the model call: the first of input_ids, inputs_embeds, or any tensor, also of a batch that comes as a dict."""
+        kwargs = {**{name: t for batch in args if isinstance(batch, Mapping) for name, t in batch.items()}, **kwargs}
+        args = [t for t in args if not isinstance(t, Mapping)]
         if not torch.is_grad_enabled():
             self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
         self._counting = True
         self._passes.note()
         self._model_calls, self._layer_called = self._model_calls + (module is self.model), True
-        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"),
-                      kwargs.get("position_ids"))
+        check_padding(module, kwargs.get("input_ids", *args[:1]), kwargs.get("attention_mask"), kwargs.get("position_ids"),
+                      needs_mask=self._refuses)
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:
@@ -229,10 +229,8 @@ class GradSampler:
         if self._recording_for is None:  # what is recomputed is no new use
             self._layer_called = True
             self._passes.note()
-        def is_lookup(t):
-            return t.dim() > 0 and t.shape[0] == 1 and not t.is_floating_point()
-
-        if all(t.dim() > 0 and t.shape[0] == batch or is_lookup(t) for t in inputs):
+        # the first axis is the batch, or one row of a lookup
+        if all(t.dim() > 0 and (t.shape[0] == batch or t.shape[0] == 1 and not t.is_floating_point()) for t in inputs):
             return tuple(t if t.shape[0] == batch else t.expand(batch, *t.shape[1:]) for t in inputs), batch, False
         if any(all(t.dim() == 2 and t.shape[0] == batch * tokens for t in inputs) for tokens in self._tokens):
             return inputs, batch, True
@@ -270,7 +268,9 @@ class GradSampler:
 
     def _hold(self, parameters: dict[str, nn.Parameter], records: list[tuple], batch: int) -> None:
         for name, kind, tensors in records:
-            parameter = parameters[name]
+            if (parameter := parameters.get(name)) is None:
+                raise ValueError(f"a forward pass put a tensor in the place of the parameter {name} of a layer whose "
+                                 f"{', '.join(parameters)} trains (a hypernetwork): use that tensor in a function, outside the layer")
             held = self._held.get(parameter)
             if held is None:
                 held = self._held[parameter] = HeldGradient(parameter.shape, parameter.dtype, self.bookkeeping, self.mode == "per_example")
@@ -281,8 +281,7 @@ class GradSampler:
             elif tensors.shape == (batch, *parameter.shape):
                 held.add_dense(tensors)
             else:
-                raise ValueError(f"the rule for {self.names[parameter]} gave gradients of shape {tuple(tensors.shape)}, "
-                                 f"expected {(batch, *parameter.shape)}")
+                raise ValueError(f"the rule for {self.names[parameter]} gave {tuple(tensors.shape)}, expected {(batch, *parameter.shape)}")
 
     def backward(self, losses: Float[Tensor, " batch"],
                  clip: Callable[[Float[Tensor, " batch"]], Float[Tensor, " batch"]]

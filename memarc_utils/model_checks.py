@@ -31,7 +31,9 @@ def check_owner(name: str, module: nn.Module) -> object:
     kind = type(module).__name__
     ways_out = (f"Freeze it (requires_grad_(False)), or teach the engine the layer: "
                 f"memarc_utils.layer_rules.register_rule({kind}, per_example_loop)")
-    if "forward" in vars(module):
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{full[0]} is owned by a layer of TorchScript, whose passes cannot be recorded: prepare the plain module")
+    if not _has_plain_forward(module):
         raise ValueError(f"the forward of {name or kind}, which owns {full[0]}, was replaced on the instance (is the model "
                          "private already, or wrapped by another library?). Undo that first, e.g. with private.detach()")
     if odd := [f for key, f in zip(trainable, full) if getattr(module, key).is_complex()]:
@@ -44,7 +46,8 @@ def check_owner(name: str, module: nn.Module) -> object:
     if rule is None:
         rule = loop_rule(module)
         if rule is None:
-            raise ValueError(f"no rule for {full[0]}, owned by a {kind} in which other layers train too. {ways_out}")
+            raise ValueError(f"no rule for {full[0]}, owned by a {kind} in which other layers train too: freeze it (requires_grad_(False)), "
+                             "or move it into a small module of its own, whose forward takes what it is used on and returns one tensor")
         warnings.warn(f"no rule of its own for {kind} ({full[0]}): its per-example gradients are computed by a loop over the "
                       f"examples (torch.func), exact where no examples meet. {ways_out} to say that this is meant", stacklevel=6)
     if not isinstance(rule, FunctionRule) and (odd := [f for key, f in zip(trainable, full) if key not in ("weight", "bias")]):
@@ -52,6 +55,13 @@ def check_owner(name: str, module: nn.Module) -> object:
     if isinstance(rule, type) and issubclass(rule, EmbeddingRule) and (reason := rule.refuse(module)):
         raise ValueError(f"{full[0]} cannot be clipped: {reason}")
     return rule
+
+
+def _has_plain_forward(module: nn.Module) -> bool:
+    """Its class's, also where a copy of a private model carries it on the instance (see `grad_sample`)."""
+    forward = vars(module).get("forward")
+    return forward is None or (isinstance(forward, functools.partial) and forward.func is type(module).forward
+                               and len(forward.args) == 1 and forward.args[0] is module and not forward.keywords)
 
 
 def check_no_batch_statistics(model: nn.Module) -> None:

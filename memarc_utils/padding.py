@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from memarc_utils.block_halves import LLAMA_TYPES
 from memarc_utils.book_keeping import holds_data
 
 # What the padding of a column is filled with, beside input_ids. A column that is not named here must have rows of one length.
@@ -141,25 +142,37 @@ def padding_checked(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> None:
+def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None = None,
+                  needs_mask: bool = True) -> None:
     """Padding on the left moves tokens to other positions as far as the longest neighbour is longer: of learned positions those of a row
     would be others, and an encoder's first token another one.
+
+    Padded without a mask, an encoder reads the padding, which is as long as the longest neighbour has it.
 
     For a classifier of decoder type (GPT-2, OPT, Llama: a head called ``score``), which reads the last token that is not
     ``config.pad_token_id``: padded with another one it would read a position that depends on the longest neighbour.
 
+    Args:
+        needs_mask: False where the effect of padding without a mask is measured instead.
+
     Raises:
         ValueError: a masked position holds another token, or tokens are not given and some positions are masked; or rows are padded on
-            the left, unless the positions are relative (Llama types), made from the mask (OPT) or given (GPT-2).
+            the left, unless the positions are relative (Llama types), made from the mask (OPT) or given (GPT-2); or some rows of an
+            encoder end in the pad token, some do not, and no mask is given.
     """
     family = getattr(getattr(module, "config", None), "model_type", "")
     if (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] and holds_data(attention_mask)
-            and family not in ("opt", "llama", "mistral", "qwen2") and not (family == "gpt2" and position_ids is not None)
+            and family not in ("opt", *LLAMA_TYPES) and not (family == "gpt2" and position_ids is not None)
             and bool(((attention_mask[:, 0] == 0) & (attention_mask != 0).any(1)).any())):
         raise ValueError("rows are padded on the left: an example's positions, or its first token, would depend on its longest neighbour. "
                          "Pad on the right (memarc_utils.batch_selection.pad_rows), or give GPT-2 position_ids that begin at 0 with the "
                          "first token: (attention_mask.cumsum(1) - 1).clamp_min(0)")
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
+    if (needs_mask and attention_mask is None and family not in ("gpt2", "opt", *LLAMA_TYPES) and pad is not None and isinstance(input_ids, Tensor)
+            and input_ids.dim() == 2 and input_ids.shape[1] and holds_data(input_ids)
+            and bool(((ends := input_ids[:, [0, -1]] == pad).any(0) & ~ends.all(0)).any())):
+        raise ValueError(f"some rows begin or end with the pad token {pad}, some do not, and no attention_mask is given: a row's padding, which "
+                         "is read then, depends on its longest neighbour. Pass the mask (memarc_utils.batch_selection.pad_rows makes it)")
     if pad is None or not isinstance(getattr(module, "score", None), nn.Module):
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or not holds_data(attention_mask):

@@ -207,6 +207,9 @@ def make_reversible(model: nn.Module, config: ReversibleConfig = ReversibleConfi
     if any(getattr(module, "layerdrop", 0) for module in model.modules()):
         raise ValueError("layerdrop skips blocks at random, and the reversible blocks run as one: load the model with layerdrop=0 in its "
                          "config")
+    if len(set(getattr(model.config, "layer_types", None) or ())) > 1:
+        raise ValueError(f"the layers of this {model.config.model_type} attend in different ways ({', '.join(sorted(set(model.config.layer_types)))}), "
+                         "and the reversible blocks, which run as one, all get the first one's mask: load it with one layer type")
     config.check_depth(len(view.blocks))
     path = next(name for name, module in model.named_modules() if module is view.blocks)
     reference = next(view.blocks[0].parameters())

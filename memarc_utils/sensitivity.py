@@ -14,6 +14,7 @@ from memarc_utils.clipping import check_clipping, clipping_factors
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.model_checks import check_no_batch_statistics
 from memarc_utils.padding import without_spare_padding
+from memarc_utils.probe import SixteenBits
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class SensitivityReport:
         untrained_parameters: names that no backward pass recorded.
         max_grad_norm: the bound C that was asked for.
         examples_dropped: examples whose gradient is not finite: they contribute zero, and no gradient of theirs can be compared.
-        tolerance: of the gradients' relative error: 1e-4, or 0.02 where a parameter that trains has 16 bits, in which the loop's own
-            sums are rounded so far. The bound on the contribution is the same for all.
+        tolerance: of the gradients' relative error: 1e-4, or 0.02 where a parameter that trains has 16 bits or a pass computes in them
+            (autocast), in which the loop's own sums are rounded so far. The bound on the contribution is the same for all.
     """
 
     max_contribution: float
@@ -73,13 +74,18 @@ def verify_sensitivity(model: nn.Module, loss_per_example, micro_batch: dict[str
     """
     check_clipping(clipping, max_grad_norm)
     check_micro_batch(micro_batch)
+    if not isinstance(model, nn.Module) or not callable(loss_per_example):
+        raise ValueError("verify_sensitivity takes a model, a function (model, micro_batch) -> losses and a batch, got "
+                         f"{type(model).__name__} and {type(loss_per_example).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model has requires_grad=True: choose what to train first, for instance with add_lora")
     check_no_batch_statistics(model)  # before a pass in training mode moves them
     coarse = any(p.requires_grad and p.element_size() < 4 for p in model.parameters())
     batch = _batch_size(micro_batch)
     with _without_dropout(model, lambda: loss_per_example(model, micro_batch)) as checkpoint_again:
-        loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
+        with SixteenBits() as sixteen:
+            loop = [_gradient_alone(model, loss_per_example, _rows(micro_batch, [i])) for i in range(batch)]
+        coarse = coarse or sixteen.seen
         comparable = [i for i in range(batch) if math.isfinite(_distance(loop[i], {}))]
         if not comparable:
             raise ValueError("no example of the batch has a finite gradient, so nothing was measured: look at the losses and the inputs")

@@ -271,6 +271,10 @@ def attach_side_network(backbone: nn.Module, config: SideNetworkConfig = SideNet
     if any(".reversible" in type(module).__module__ for module in backbone.modules()):
         raise ValueError("this model is reversible, and a side network's backbone keeps no activations anyway: load the backbone anew")
     view = block_view(backbone)
+    known = {p for part in (view.base, *view.heads.values()) for p in part.parameters()}
+    if unknown := [key for key, p in backbone.named_parameters() if p not in known]:
+        raise ValueError(f"{unknown[0]} lies beside the backbone and belongs to no head that is known here (a classifier or language-model "
+                         f"head of a supported type): {type(backbone).__name__} cannot be prepared")
     family = backbone.config.model_type
     causal = family in ("gpt2", "opt", *LLAMA_TYPES) or bool(getattr(backbone.config, "is_decoder", False))
     # OPT's language model calls the decoder inside its base module, so the ladder goes there.

@@ -20,6 +20,7 @@ from memarc_utils.probe import LossProbe
 from memarc_utils.zeroth_order import ZerothOrderOptimizer, make_zeroth_order
 
 _LOGITS_AT_ONCE = 2**24  # numbers
+_OF_LOGITS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # what some configurations do to logits after the head
 
 
 def setup(seed: int) -> torch.device:
@@ -50,8 +51,14 @@ def progress(steps: Iterable, description: str, total: int | None = None) -> Ite
 
 def classification_losses(model: nn.Module, batch: dict[str, Tensor]) -> Float[Tensor, " batch"]:
     """Cross-entropy of each example."""
-    inputs = {name: t for name, t in batch.items() if name != "labels"}
+    inputs = _without_labels(batch)
     return F.cross_entropy(_wide(model(**inputs).logits), batch["labels"], reduction="none")
+
+
+def _without_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "labels" not in batch:
+        raise ValueError(f"the batch has {', '.join(batch)} and no labels: name the column of the targets labels")
+    return {name: t for name, t in batch.items() if name != "labels"}
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -68,14 +75,18 @@ def causal_lm_losses(model: nn.Module, batch: dict[str, Tensor], tokens_at_once:
     """
     if tokens_at_once is not None and (isinstance(tokens_at_once, bool) or not isinstance(tokens_at_once, int) or tokens_at_once < 1):
         raise ValueError(f"tokens_at_once must be a whole number >= 1, or None, got {tokens_at_once!r}")
+    if scaled := [name for name in _OF_LOGITS if getattr(model.config, name, None) not in (None, 1, 1.0)]:
+        raise ValueError(f"this {model.config.model_type} changes its logits after the head ({scaled[0]}), which a loss by pieces does not "
+                         "know: compute the losses from model(**batch).logits")
+    inputs = _without_labels(batch)
     labels, mask = batch["labels"][:, 1:], batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.shape == batch["labels"].shape:  # padded on the left, a first token has none to be predicted from
         labels = labels.masked_fill(mask[:, :-1] == 0, -100)
-    inputs = {name: t for name, t in batch.items() if name != "labels"}
     base = getattr(model, model.base_model_prefix)
     base = getattr(base, "decoder", base)  # OPT's language model calls the decoder inside its base module
     hidden = base(**inputs).last_hidden_state[:, :-1]
-    head = model.get_output_embeddings()
+    if (head := model.get_output_embeddings()) is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head: for classes take classification_losses")
     tokens_at_once = tokens_at_once or max(1, _LOGITS_AT_ONCE // (max(1, len(labels)) * model.config.vocab_size))
 
     def summed(hidden: Tensor, labels: Tensor) -> Tensor:

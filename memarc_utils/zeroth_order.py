@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.batch_selection import check_batch_at_work, note_step
+from memarc_utils.data_parallel import rank_and_size
 from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler, check_state
 from memarc_utils.padding import padding_checked
 from memarc_utils.probe import LossProbe, num_examples, refuse_sixteen_bits
@@ -117,7 +118,7 @@ def make_zeroth_order(model: nn.Module, plan: PrivacyPlan, learning_rate: float,
         model: on its device, with everything that shall train already added, that in float32 or float64.
         plan: owns C, the noise multiplier (σ, or b/C for Laplace), the divisor B and the number of steps. For Laplace
             its ``epsilon()`` and ``describe()`` do **not** hold, they speak of Gaussian noise: ask the optimizer.
-        learning_rate: η; may be changed between steps through the attribute.
+        learning_rate: η; the attribute is that of the next step.
         perturbation: λ, the length of the finite difference, at least 1e-4 (1e-8 in float64).
         num_directions: K. A step costs 2 K forward passes of the batch.
         noise: "gaussian" or "laplace".
@@ -135,7 +136,6 @@ class ZerothOrderOptimizer:
     """Returned by `make_zeroth_order`: one `step` for each logical batch, empty ones too.
 
     Attributes:
-        learning_rate: η of the next step.
         steps_taken: steps so far; an empty batch counts.
         examples_dropped: examples with a loss that was not finite; they contributed zero.
     """
@@ -143,7 +143,7 @@ class ZerothOrderOptimizer:
     def __init__(self, model, plan, learning_rate, perturbation, num_directions, noise, noise_generator, direction_seed_generator) -> None:
         if not isinstance(plan, PrivacyPlan):
             raise ValueError(f"plan must be a PrivacyPlan, got {type(plan).__name__}")
-        if noise not in NOISES:
+        if not isinstance(noise, str) or noise not in NOISES:
             raise ValueError(f"noise must be one of {', '.join(NOISES)}, got {noise!r}")
         if noise == "laplace" and plan.sampling != "poisson":
             raise ValueError('Laplace noise is accounted for Poisson batches only: plan with sampling="poisson"')
@@ -158,7 +158,7 @@ class ZerothOrderOptimizer:
         self.model, self._plan, self.noise = model, plan, noise
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
         self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
-        self.steps_taken = self.examples_dropped = 0
+        self.steps_taken, self.examples_dropped, self.batches_of_step = 0, 0, None
         self._probe = LossProbe()
         self._check_learning_rate()
 
@@ -222,12 +222,11 @@ class ZerothOrderOptimizer:
         check_sampler(sampler, self.plan)
         if sampler is not None and sampler.steps_drawn != self.steps_taken:
             raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every batch needs its step")
-        generator = self.noise_generator
         return {"run": self._run(), "steps_taken": self.steps_taken, "examples_dropped": self.examples_dropped,
                 "learning_rate": self.learning_rate,
                 "parameters": {name: p.detach().clone() for name, p in _trainable(self.model).items()},
                 "directions": self.direction_seed_generator.get_state(),
-                "noise_generator": None if generator is None else generator.get_state(),
+                "noise_generator": None if self.noise_generator is None else self.noise_generator.get_state(),
                 "sampler": None if sampler is None else sampler.state_dict()}
 
     def load_state_dict(self, state: dict, sampler=None) -> None:
@@ -254,7 +253,7 @@ class ZerothOrderOptimizer:
         if shapes != saved:
             odd = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
             raise ValueError(f"the checkpoint's trainable parameters are others: {', '.join(odd[:5])}. Prepare the model the same way first")
-        self.steps_taken, self.examples_dropped = state["steps_taken"], state["examples_dropped"]  # counted whatever fails below
+        self.steps_taken, self.examples_dropped = state["steps_taken"], state.get("examples_dropped", 0)  # counted whatever fails below
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -366,8 +365,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _check_model(model: nn.Module) -> None:
-    parameters = _trainable(model)
-    if not parameters:
+    if rank_and_size()[1] > 1:
+        raise ValueError("zeroth order is for one process: several would each add noise to a sum of their own. Run it on one rank")
+    if not (parameters := _trainable(model)):
         raise ValueError("no parameter has requires_grad: choose what shall train, as by select_linear_probe(model)")
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.float64):

@@ -102,24 +102,73 @@ def test_a_step_that_was_refused_may_be_repeated():
     assert run(go) == 8
 
 
-def test_two_optimizers_that_share_the_batches_are_told_what_it_costs():
+def twin_of(plan=WHOLE):
+    twin = nn.Linear(2, 1, bias=False)
+    return twin, make_private(twin, torch.optim.SGD(twin.parameters(), lr=0.1), plan)
+
+
+def test_two_optimizers_cannot_share_a_batch():
     """One draw and two noises: a Gaussian of sensitivity √2 C at one rate q, more than two runs that draw for themselves."""
     together = dataclasses.replace(WHOLE, sampling="poisson", expected_batch_size=1, num_steps=1, noise_multiplier=0.5)
     assert dataclasses.replace(together, noise_multiplier=0.5 / 2**0.5).epsilon() > 2 * together.epsilon()
 
     def both(private, model, batches):
-        twin = nn.Linear(2, 1, bias=False)
-        second = make_private(twin, torch.optim.SGD(twin.parameters(), lr=0.1), WHOLE)
+        twin, second = twin_of()
         for batch in batches:
             micro_batches = list(batch)
             all_of(private, model, micro_batches)
-            all_of(second, twin, micro_batches)
             private.step()
+            all_of(second, twin, micro_batches)
+
+    with pytest.raises(ValueError, match="another optimizer has stepped on this batch"):
+        run(both)
+
+
+@pytest.mark.parametrize("order", ["one after the other", "both backward first"])
+def test_two_loops_zipped_over_two_samplers_of_one_plan(order):
+    """Each optimizer is held to its own batch: the newest sampler's was taken for both."""
+    def zipped(private, model, batches):
+        twin, second = twin_of()
+        other = poisson_batches(batches.dataset, WHOLE, 4, collate=batches.collate)
+        for mine, hers in zip(batches, other):
+            all_of(private, model, mine)
+            if order == "one after the other":
+                private.step()
+            all_of(second, twin, hers)
+            if order != "one after the other":
+                private.step()
             second.step()
         return private.steps_taken, second.steps_taken
 
-    with pytest.warns(UserWarning, match="another optimizer has stepped on this batch"):
-        assert run(both) == (8, 8)
+    assert run(zipped) == (8, 8)
+
+
+def test_of_two_zipped_loops_each_optimizer_is_held_to_its_own_batch():
+    def zipped(private, model, batches):
+        twin, second = twin_of()
+        for mine, hers in zip(batches, poisson_batches(batches.dataset, WHOLE, 4, collate=batches.collate)):
+            all_of(private, model, mine)
+            all_of(second, twin, hers)
+            private.step()
+            second.step()
+            all_of(private, model, [{"x": torch.ones(2, 2)}])
+
+    with pytest.raises(ValueError, match="another optimizer has stepped"):
+        run(zipped)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dataset": 3}, "a int does not"), ({"dataset": (row for row in ())}, "a generator does not"),
+    ({"dataset": {"x": [[1.0, 2.0]] * 8}}, "Dataset.from_pandas")])
+def test_what_batches_cannot_be_made_of_is_said(change, message):
+    arguments = {"dataset": [{"input_ids": [3], "labels": 0}] * 8, "plan": WHOLE, **change}
+    with pytest.raises(ValueError, match=message):
+        poisson_batches(arguments.pop("dataset"), arguments.pop("plan"), **arguments)
+
+
+def test_a_state_that_is_none_of_a_sampler_is_refused():
+    with pytest.raises(ValueError, match="no state of a sampler"):
+        poisson_batches([{"input_ids": [3], "labels": 0}] * 8, WHOLE).load_state_dict({})
 
 
 @pytest.mark.parametrize("fault, message", [("", ""), ("two batches", "16 losses"), ("twice", "has had its step"), ("plan", "another plan")])

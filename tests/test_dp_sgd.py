@@ -529,7 +529,7 @@ def test_frozen_parameters_may_be_in_the_optimizer():
 
 def test_models_that_cannot_be_private_are_refused():
     refuse("no parameter of the model has requires_grad=True", linear().requires_grad_(False))
-    refuse("no rule for 1.in_proj_weight, owned by a MultiheadAttention in which other layers train too. Freeze it",
+    refuse("no rule for 1.in_proj_weight, owned by a MultiheadAttention in which other layers train too: freeze it",
            nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2)))
 
 

@@ -1,5 +1,6 @@
 """Ways to break the bound or the gradient that a hostile reading of the engine found; each is mended or refused."""
 
+import copy
 import random
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from memarc_utils import training
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.adapters import add_lora, select_bias_terms
 from memarc_utils.backbones import freeze, tiny_backbone
+from memarc_utils.batch_selection import pad_rows
 from memarc_utils.book_keeping import HeldGradient
 from memarc_utils.dp_sgd import make_private, verify_sensitivity
+from memarc_utils.feature_cache import cache_features
 from memarc_utils.function_rules import per_example_loop
 from memarc_utils.grad_sample import GradSampler
 from memarc_utils.reversible import make_reversible
@@ -494,7 +497,7 @@ WRONG_TYPES = """
 import torch
 from torch import nn
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.adapters import add_lora
+from memarc_utils.adapters import add_bottleneck_adapters, add_lora
 from memarc_utils.auditing import audit_quickly
 from memarc_utils.backbones import tiny_backbone
 from memarc_utils.batch_selection import poisson_batches
@@ -520,6 +523,12 @@ cases = [(lambda: make_private(model, sgd, None), "PrivacyPlan"), (lambda: make_
          (lambda: make_private(model, sgd, plan).state_dict([1, 2]), "poisson_batches"),
          (lambda: PrivacyPlan.from_dict({}), "plan.to_dict()"), (lambda: poisson_batches([(1, 2)] * 100, plan), "rows that are dicts"),
          (lambda: poisson_batches([{"x": 1}] * 100, None), "PrivacyPlan"), (lambda: poisson_batches([{"x": 1}] * 100, plan, True), "whole number"),
+         (lambda: poisson_batches([{"x": 1}] * 100, plan, collate=3), "collate must be a function"),
+         (lambda: poisson_batches([{"x": 1}] * 100, plan, generator=3), "generator must be a torch.Generator"),
+         (lambda: poisson_batches([{"x": 1}] * 100, plan, pad_token_id=None), "pad_token_id must be a whole number"),
+         (lambda: verify_sensitivity(None, loss, {"x": torch.ones(2, 3)}), "takes a model"),
+         (lambda: add_lora(bert, target_modules=3), "tuple of names"), (lambda: add_bottleneck_adapters(bert, after=3), "after must be"),
+         (lambda: make_zeroth_order(model, plan, 0.1, noise=[]), "noise must be one of"),
          (lambda: measure_step(None), "a function"), (lambda: largest_batch("tiny", "lora", 16, "24"), "a number above 0"),
          (lambda: largest_batch("tiny", "lora", 16, float("inf")), "a number above 0"),
          (lambda: ReversibleConfig(segment=True), "segment"), (lambda: ReversibleConfig(coefficients=0.5), "(λ, β)"),
@@ -727,3 +736,127 @@ def test_a_loss_that_calls_the_base_counts_as_a_call(prepare):
         torch.testing.assert_close(total, 2 * once[name])
     with pytest.raises((ValueError, RuntimeError), match="without a model call before it|a second time"):
         private.backward(losses)
+
+
+def test_padding_without_a_mask_is_refused_where_an_encoder_reads_it():
+    """A row's padding is as long as its longest neighbour has it: one example moved the others' gradients."""
+    model = tiny("bert").requires_grad_()
+    batch = padded_batch(model)
+    bare = {name: t for name, t in batch.items() if name != "attention_mask"}
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="no attention_mask is given"):
+        private.backward(classification_losses(model, bare))
+    private.zero_grad()
+    whole = {name: t[:1] if name == "labels" else t[:1, :int(batch["attention_mask"][0].sum())] for name, t in bare.items()}
+    private.backward(classification_losses(model, whole))
+
+
+def test_a_copy_of_a_private_model_is_a_plain_one():
+    model = tiny("bert").requires_grad_()
+    private, batch = private_sgd(model), padded_batch(model)
+    twin = copy.deepcopy(model)
+    second = private_sgd(twin)
+    second.backward(plain_losses(twin, batch))
+    private.backward(plain_losses(model, batch))
+    for name, total in private.clipped_sum().items():
+        torch.testing.assert_close(total, second.clipped_sum()[name])
+
+
+def test_a_batch_that_comes_as_a_dict():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(20, 4), nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, batch):
+            ids = batch["ids"]
+            return self.head((self.words(ids) + self.places(torch.arange(ids.shape[1])[None])).mean(1))
+
+    batch = {"ids": torch.randint(0, 20, (4, 3), generator=seeded())}
+    assert verify_sensitivity(Model(), lambda model, batch: model(batch).square().sum(1), batch, max_grad_norm=0.1).holds
+
+
+def test_a_weight_that_a_forward_pass_puts_in_place_is_refused():
+    class Hypernetwork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maker, self.layer = nn.Linear(3, 12), nn.Linear(3, 4)
+            del self.layer.weight
+
+        def forward(self, x):
+            self.layer.weight = self.maker(torch.ones(1, 3)).view(4, 3)
+            return self.layer(x)
+
+    model = Hypernetwork()
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="cannot tell which example|in the place of the parameter weight"):
+        private.backward(model(x_of(4, 3)).square().sum(1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(ValueError, match="TorchScript"):
+        private_sgd(torch.jit.trace(nn.Linear(3, 2), x_of(4, 3)))
+
+
+def test_heads_that_a_side_network_does_not_know_are_refused():
+    config = transformers.BertConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    model = transformers.BertForQuestionAnswering(config)
+    with pytest.raises(ValueError, match="qa_outputs.weight lies beside the backbone"):
+        attach_side_network(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_of_several_kinds_are_not_made_reversible():
+    """All blocks were given the first one's mask."""
+    config = transformers.Qwen2Config(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      intermediate_size=64, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True)
+    with pytest.raises(ValueError, match="full_attention, sliding_attention"):
+        make_reversible(transformers.Qwen2ForCausalLM(config))
+
+
+def test_logits_that_are_changed_after_the_head_are_refused():
+    model = tiny_backbone("llama", "causal_lm")
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        training.causal_lm_losses(model, padded_batch(model, "causal_lm"))
+
+
+@pytest.mark.parametrize("losses, message", [(training.causal_lm_losses, "no labels"), (classification_losses, "no labels")])
+def test_a_batch_without_labels_is_named(losses, message):
+    with pytest.raises(ValueError, match=message):
+        losses(tiny_backbone("gpt2", "causal_lm"), {"input_ids": torch.ones(2, 3, dtype=torch.long)})
+
+
+def test_autocast_is_measured_by_what_sixteen_bits_can_tell():
+    model = tiny("bert").requires_grad_()
+
+    def losses(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return plain_losses(model, batch)
+
+    report = verify_sensitivity(model, losses, padded_batch(model), max_grad_norm=0.1)
+    assert report.tolerance == 0.02 and report.max_relative_error <= 0.02
+
+
+@pytest.mark.parametrize("downsample", ["learned", "pooled"])
+def test_a_float64_side_network_reads_cached_features(downsample, tmp_path):
+    model = attach_side_network(tiny("bert").double(), SideNetworkConfig(reduction=4, block="mlp", downsample=downsample))
+    shake(model)
+    rows = [{"input_ids": row, "labels": 0} for row in ([3, 4, 5], [6, 7])]
+    cached = cache_features(model, rows, folder=tmp_path)
+    assert verify_sensitivity(model, plain_losses, pad_rows([cached[0], cached[1]]), max_grad_norm=0.1).holds
+
+
+def _zeroth_on_two_ranks(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        with pytest.raises(ValueError, match="zeroth order is for one process"):
+            make_zeroth_order(nn.Linear(3, 2), plan_for_tests(), 0.1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_zeroth_order_refuses_several_processes(tmp_path):
+    """Each would add its noise to a sum of its own, and the ranks' weights would part."""
+    torch.multiprocessing.spawn(_zeroth_on_two_ranks, (tmp_path / "store",), nprocs=2)
