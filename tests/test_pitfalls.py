@@ -712,3 +712,61 @@ def test_a_mean_over_padding():
                  lambda: make_zeroth_order(model, plan, 0.1).step([batch], over_width)):
         assert "the losses mix examples" in refused(call)
     train_privately(model, rows, plan, torch.optim.SGD(model.parameters(), lr=0.1), causal_lm_losses)
+
+
+def test_padding_on_the_left():
+    rows = [torch.randint(3, 90, (n,), generator=seeded(n)).tolist() for n in (3, 3, 4, 3, 4, 3, 4, 11)]
+
+    def left(value_of):
+        return torch.tensor([[value_of(None)] * (11 - len(row)) + [value_of(token) for token in row] for row in rows])
+
+    batch = {"input_ids": left(lambda token: token or 0), "labels": left(lambda token: -100 if token is None else token),
+             "attention_mask": left(lambda token: int(token is not None))}
+
+    def first_token_too(model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none").sum(1)
+
+    model = shake(tiny("llama", "causal_lm"))
+    assert verify_sensitivity(model, first_token_too, batch, max_grad_norm=0.1).max_contribution > 0.11
+    assert verify_sensitivity(model, causal_lm_losses, batch, max_grad_norm=0.1).holds
+    roberta = tiny("roberta")
+    private = private_sgd(roberta)
+    assert "padded on the left" in refused(lambda: roberta(**{name: t for name, t in batch.items() if name != "labels"}))
+    on_the_right = torch.where(batch["attention_mask"] == 1, batch["input_ids"], roberta.config.pad_token_id).flip(1)
+    assert "no attention_mask is given" in refused(lambda: roberta(on_the_right))
+    private.detach()
+
+
+def test_a_sampler_wound_back():
+    """Half of the batches, each twice: a Gaussian of sensitivity √2 at half of the steps, and no two draws."""
+    wound = replace(PLAN, num_steps=50, noise_multiplier=PLAN.noise_multiplier / 2**0.5)
+    accountant = opacus.accountants.PRVAccountant()
+    accountant.history = [(wound.noise_multiplier, wound.sample_rate, 50)]
+    assert wound.epsilon() > 1.2 * PLAN.epsilon() and abs(wound.epsilon() - accountant.get_epsilon(1e-5)) < 0.05
+    plan = plan_for_tests(dataset_size=20, expected_batch_size=4, num_steps=6)
+    sampler = batch_selection.poisson_batches([{"input_ids": [3, 4], "labels": 0}] * 20, plan, generator=seeded(1))
+    start = sampler.state_dict()
+    next(iter(sampler))
+    assert "would draw the same ones again" in refused(lambda: sampler.load_state_dict(start))
+
+
+def test_two_optimizers_on_one_draw():
+    accountant = opacus.accountants.PRVAccountant()
+    accountant.history = [(PLAN.noise_multiplier / 2**0.5, PLAN.sample_rate, PLAN.num_steps)]
+    together = honest_epsilon(PLAN, 2**0.5)
+    assert abs(together - accountant.get_epsilon(1e-5)) < 0.05 and together > replace(PLAN, num_steps=2 * PLAN.num_steps).epsilon()
+    plan = plan_for_tests(dataset_size=20, expected_batch_size=20, num_steps=2)
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    first, second = (private_sgd(model, plan) for model in models)
+
+    def share():
+        for batch in batch_selection.poisson_batches([{"x": [1.0, 0.0, 2.0]}] * 20, plan, collate=lambda some: {
+                "x": torch.tensor([row["x"] for row in some])}):
+            micro_batches = list(batch)
+            for model, private in zip(models, (first, second)):
+                for micro_batch in micro_batches:
+                    private.backward(model(micro_batch["x"]).square().sum(1))
+                private.step()
+
+    assert "another optimizer has stepped on this batch" in refused(share) and (first.steps_taken, second.steps_taken) == (1, 0)
