@@ -715,7 +715,7 @@ def test_a_mean_over_padding():
 
 
 def test_padding_on_the_left():
-    rows = [torch.randint(3, 90, (n,), generator=seeded(n)).tolist() for n in (3, 3, 4, 3, 4, 3, 4, 11)]
+    rows = [[40, 41]] * 5 + [torch.randint(3, 90, (11,), generator=seeded(0)).tolist()]
 
     def left(value_of):
         return torch.tensor([[value_of(None)] * (11 - len(row)) + [value_of(token) for token in row] for row in rows])
@@ -728,7 +728,7 @@ def test_padding_on_the_left():
         return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100, reduction="none").sum(1)
 
     model = shake(tiny("llama", "causal_lm"))
-    assert verify_sensitivity(model, first_token_too, batch, max_grad_norm=0.1).max_contribution > 0.11
+    assert verify_sensitivity(model, first_token_too, batch, max_grad_norm=0.1).max_contribution > 0.2
     assert verify_sensitivity(model, causal_lm_losses, batch, max_grad_norm=0.1).holds
     roberta = tiny("roberta")
     private = private_sgd(roberta)
