@@ -20,6 +20,9 @@ from memarc_utils.book_keeping import holds_data
 _PADDING = {"labels": -100, "special_tokens_mask": 1,
             **dict.fromkeys(("attention_mask", "token_type_ids", "position_ids", "inputs_embeds"), 0)}
 
+# Model types that read a padded position where no mask is given: they do not make one of the pad token, nor look back only.
+_ENCODERS = ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "t5", "xlm-roberta")
+
 # Columns that lie under `attention_mask`, one entry a token; others may have its width by chance.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "inputs_embeds", "labels")
 
@@ -168,9 +171,9 @@ def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: T
                          "Pad on the right (memarc_utils.batch_selection.pad_rows), or give GPT-2 position_ids that begin at 0 with the "
                          "first token: (attention_mask.cumsum(1) - 1).clamp_min(0)")
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    if (needs_mask and attention_mask is None and family not in ("gpt2", "opt", *LLAMA_TYPES) and pad is not None and isinstance(input_ids, Tensor)
-            and input_ids.dim() == 2 and input_ids.shape[1] and holds_data(input_ids)
-            and bool(((ends := input_ids[:, [0, -1]] == pad).any(0) & ~ends.all(0)).any())):
+    encoder = family in _ENCODERS and not getattr(module.config, "is_decoder", False)
+    if (needs_mask and encoder and attention_mask is None and pad is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2
+            and input_ids.shape[1] and holds_data(input_ids) and bool(((ends := input_ids[:, [0, -1]] == pad).any(0) & ~ends.all(0)).any())):
         raise ValueError(f"some rows begin or end with the pad token {pad}, some do not, and no attention_mask is given: a row's padding, which "
                          "is read then, depends on its longest neighbour. Pass the mask (memarc_utils.batch_selection.pad_rows makes it)")
     if pad is None or not isinstance(getattr(module, "score", None), nn.Module):

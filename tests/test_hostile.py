@@ -860,3 +860,30 @@ def _zeroth_on_two_ranks(rank, store):
 def test_zeroth_order_refuses_several_processes(tmp_path):
     """Each would add its noise to a sum of its own, and the ranks' weights would part."""
     torch.multiprocessing.spawn(_zeroth_on_two_ranks, (tmp_path / "store",), nprocs=2)
+
+
+def test_a_decoders_padding_needs_no_mask():
+    """It looks back only: targets of several lengths, whose shifted tokens end in pads, are no leak."""
+    config = transformers.T5Config(vocab_size=101, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = select_head_alone(transformers.T5ForConditionalGeneration(config).eval())
+    labels = torch.randint(3, 90, (3, 5), generator=seeded())
+    labels[1, 2:] = -100
+    batch = {"input_ids": torch.randint(3, 90, (3, 6), generator=seeded()), "attention_mask": torch.ones(3, 6, dtype=torch.long), "labels": labels}
+
+    def losses(model, batch):
+        logits = model(**batch).logits
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"], ignore_index=-100, reduction="none").sum(1)
+
+    private = private_sgd(model)
+    private.backward(losses(model, batch))
+    private.zero_grad()
+    padded = {**batch, "input_ids": torch.cat([batch["input_ids"], torch.tensor([[0], [5], [0]])], 1)}
+    del padded["attention_mask"]
+    with pytest.raises(ValueError, match="no attention_mask is given"):
+        losses(model, padded)
+
+
+def select_head_alone(model):
+    model.requires_grad_(False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
