@@ -138,6 +138,8 @@ def guess(scores: Float[Tensor, " canaries"], included: Bool[Tensor, " canaries"
     if not all(isinstance(k, int) and k >= 0 for k in counts) or not 0 < sum(counts) <= size:
         raise ValueError(f"guess_in={guess_in} and guess_out={guess_out} must be whole numbers or shares below 1, together between 1 and "
                          f"the {size} canaries")
+    if not isinstance(included, Tensor) or included.dtype != torch.bool or included.shape != scores.shape:
+        raise ValueError("included must hold a truth value a canary, (scores.shape, torch.bool): of whole numbers ~ would turn other bits")
     if bool(torch.isnan(scores).any()):
         raise ValueError("some scores are nan: give canaries that cannot be judged the lowest or the middle score, by a fixed rule")
     order = torch.argsort(scores, descending=True, stable=True)
@@ -273,6 +275,7 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
     private = make_private(model, optimizer, replace(plan, num_steps=plan.num_steps + 1), clipping, mode,
                            None if generator is None else noise)
     # Drawn beforehand: the batch's rows are stand-ins, and the canaries that answer for them are no losses of a batch at work.
+    private.batch_guard.on = False
     drawn = [[i for i in batch.indices if i < len(canaries) and included[i]] for batch in batches]
     try:
         for indices in drawn:

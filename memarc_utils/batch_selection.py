@@ -7,14 +7,16 @@ neighbour in a micro-batch changes an example's loss. Under ``torch.distributed`
 i mod R = r alone: the ranks' draws together are one batch of the whole data set (see `data_parallel`).
 """
 
-import itertools
-import weakref
+import copy
+import hashlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from memarc_utils import batch_guard
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.data_parallel import rank_and_size
 from memarc_utils.padding import num_tokens, pad_rows
@@ -28,32 +30,33 @@ def _rows(dataset, indices: list[int]) -> list:
     return [dataset[i] for i in indices]
 
 
-_turns = itertools.count()  # of batches that are drawn and iterated: the last one is what a step is made of
+_LOOK_EVERY = 64  # batches: how often a collate of the caller's own is looked at again
 
 
 class LogicalBatch:
     """One step's examples. Iterating yields its micro-batches, once; an empty batch yields none."""
 
-    def __init__(self, dataset, indices: list[int], physical_batch_size: int, collate: Callable) -> None:
-        self.indices = indices
+    def __init__(self, dataset, indices: list[int], physical_batch_size: int, collate: Callable, look: bool = False) -> None:
+        self.indices, self._look = indices, look
         self._dataset, self._physical, self._collate = dataset, physical_batch_size, collate
-        self._used = self._whole = False
-        self.turn = next(_turns)
+        self.used = self._whole = False
+        self.turn = batch_guard.next_turn()
 
     def __len__(self) -> int:
         """Number of examples (private: the plan's expected batch size is the public number)."""
         return len(self.indices)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        if self._used:
+        if self.used:
             raise ValueError("this batch was iterated already: an example that enters the sum twice moves it by 2 C. Keep the "
                              "micro-batches with list(batch) if you need to look at them again")
-        self._used, self.turn = True, next(_turns)
+        self.used, self.turn = True, batch_guard.next_turn()
         rows = _rows(self._dataset, self.indices)
         if rows and isinstance(rows[0], dict) and num_tokens(rows[0]) is not None:
             rows.sort(key=num_tokens)  # rows of like length together: less padding to compute
         for start in range(0, len(rows), self._physical):
             some = rows[start:start + self._physical]
+            kept = [copy.copy(row) for row in some] if self._look and len(some) > 1 else []  # a collate may take entries out of its rows
             micro_batch = self._collate(some)
             if not isinstance(micro_batch, Mapping):  # transformers' collators return a BatchEncoding
                 raise ValueError(f"collate must return a dict of tensors, got {type(micro_batch).__name__}")
@@ -62,6 +65,9 @@ class LogicalBatch:
             if any(shape[:1] != (len(some),) for shape in shapes):
                 raise ValueError(f"collate made tensors of shapes {shapes} of {len(some)} examples: give one row an example, or each "
                                  "of an example's rows would be clipped by itself and it would count several times")
+            if kept:
+                _check_collate(self._collate, kept, micro_batch)
+                self._look = False
             yield micro_batch
         self._whole = True
 
@@ -72,62 +78,33 @@ class LogicalBatch:
     @property
     def half_done(self) -> bool:
         """Some of its micro-batches were handed out and some were not."""
-        return self._used and not self._whole
+        return self.used and not self._whole
 
 
-_at_work: list["_Batches"] = []  # samplers that have handed out a batch and wait for its step, the newest last
-
-
-def check_batch_at_work(optimizer, num_losses: int) -> None:
-    """Is what an optimizer has summed in this step within the batch that the plan pays for? Where no sampler is at work there is nothing
-    to compare with: then a step's batch is the caller's own word.
-
-    Args:
-        optimizer: private or of zeroth order, with its ``plan``; what its step's first losses come from stays its ``batches_of_step``.
-        num_losses: that its step has seen so far.
+def _check_collate(collate: Callable, rows: list, micro_batch: Mapping) -> None:
+    """Half of the rows, chosen at random and collated alone, must come out as they do among all, but for padding and their order. A column
+    that is another one when it is made again is random and cannot be compared.
 
     Raises:
-        ValueError: the batch is of another plan, of a second shuffle, has fewer examples, or has had its step, of this optimizer or
-            another: several batches in one step, or several losses of one example, would move the sum by several C, and a batch
-            that is used twice was drawn once.
+        ValueError: a row depends on its neighbours.
     """
-    if not _at_work:
-        return
-    sampler = _sampler_of(optimizer)
-    if sampler is None:
-        raise ValueError("the batch at work was drawn for another plan than this optimizer's, and ε would be that of other batches: make "
-                         "both with one plan, poisson_batches(dataset, private.plan), or leave that loop first")
-    if optimizer.plan.sampling == "shuffled" and sampler.steps_drawn <= optimizer.steps_taken:
-        raise ValueError(f"this sampler has drawn {sampler.steps_drawn} batches and the optimizer taken {optimizer.steps_taken} steps: a new "
-                         "shuffle begins a new epoch, and some examples come twice where the plan pays for once. Keep one shuffled_batches "
-                         "object for the whole run (a resume loads its state)")
-    if num_losses:
-        optimizer.batches_of_step = sampler
-    if num_losses > len(sampler.batch):
-        raise ValueError(f"this step has {num_losses} losses, the batch at work {len(sampler.batch)} examples: give one loss an example and "
-                         "take one private.step() a batch, the empty ones too. A larger batch is a plan with a larger expected_batch_size; "
-                         "what an interrupted batch left is forgotten with private.zero_grad()")
-    if num_losses and optimizer in sampler.stepped:
-        raise ValueError("the batch at work has had its step: a second one needs a batch of its own, which the sampler draws")
-    if num_losses and sampler.stepped:
-        raise ValueError("another optimizer has stepped on this batch. Who is in it was drawn once for both: together they spend what one run "
-                         "with noise_multiplier divided by the root of 2 spends, more than their ε added up. Give each its own sampler "
-                         "and go through its batch right before its step, or train both models as one, with one optimizer")
-
-
-def note_step(optimizer) -> None:
-    """The optimizer has taken the step of the batch at work."""
-    if (sampler := _sampler_of(optimizer)) is not None:
-        sampler.stepped.add(optimizer)
-    optimizer.batches_of_step = None
-
-
-def _sampler_of(optimizer) -> "_Batches | None":
-    """What the step's first losses came from; for these, of those at work for the optimizer's plan, the one whose batch was drawn or
-    iterated last: loops over several, zipped or one within the other, each go through their own batch before its losses."""
-    if (begun := optimizer.batches_of_step) in _at_work:
-        return begun
-    return max((sampler for sampler in _at_work if sampler.plan == optimizer.plan), key=lambda sampler: sampler.batch.turn, default=None)
+    some, state = random.SystemRandom().sample(rows, len(rows) // 2), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        alone, again = (dict(collate([copy.copy(row) for row in some])) for _ in range(2))
+    random.setstate(state)
+    for name, t in alone.items():
+        whole = micro_batch.get(name)
+        if not isinstance(t, Tensor) or not isinstance(whole, Tensor) or whole.dim() != t.dim() or whole.shape[2:] != t.shape[2:]:
+            continue
+        if again[name].shape != t.shape or not torch.allclose(again[name].double(), t.double(), equal_nan=True):
+            continue
+        sides = [whole] if t.dim() < 2 else [whole[:, :t.shape[1]], whole[:, whole.shape[1] - t.shape[1]:]]
+        places = [side.double() for side in sides if side.shape[1:] == t.shape[1:]]
+        for row in t.double():
+            if not any(torch.isclose(place, row, rtol=1e-4, equal_nan=True).reshape(len(place), -1).all(1).any() for place in places):
+                raise ValueError(f"collate gives an example another row of {name} alone than among its neighbours: one example would "
+                                 "change the others' gradients. What mixes rows (a mean of the batch, mixup) has no place there; "
+                                 "scale by public numbers")
 
 
 class _Batches:
@@ -135,13 +112,17 @@ class _Batches:
 
     def __init__(self, dataset, plan: PrivacyPlan, physical_batch_size: int, collate, pad_token_id, generator) -> None:
         self.dataset, self.plan, self.physical_batch_size = dataset, plan, physical_batch_size
-        self.collate = collate or (lambda rows: pad_rows(rows, pad_token_id))
+        self.collate, self._own = collate or (lambda rows: pad_rows(rows, pad_token_id)), collate is None
         if generator is None:
             generator = seed_from_operating_system(torch.Generator())  # who is in which batch must be unknown
         self.generator = generator
         self.steps_drawn = 0
         self.batch: LogicalBatch | None = None
-        self.stepped = weakref.WeakSet()  # optimizers that have taken its step
+        self.draw = b""  # tells one draw from another: a digest of the generator's state before it
+        self._looks = True  # until a collate of the caller's own was seen at work
+        self.begun: set[int] = set()  # the numbers of those optimizers that have losses of the batch in their sums
+        self.stepped: set[int] = set()  # and of those that have taken its step
+        batch_guard.samplers.add(self)
 
     def __len__(self) -> int:
         return self.plan.num_steps
@@ -156,11 +137,15 @@ class _Batches:
         if self.steps_drawn:
             raise ValueError(f"this sampler has drawn {self.steps_drawn} batches: an earlier state would draw the same ones again, which the "
                              "plan does not pay for. Load it into a new sampler of a new run, before the first batch")
-        if not isinstance(state, dict) or not {"steps_drawn", "generator"} <= state.keys():
-            raise ValueError("this is no state of a sampler: give what its state_dict() returned")
+        if not isinstance(state, dict) or not {"steps_drawn", "generator", *self._more_state()} <= state.keys():
+            raise ValueError("this is no state of such a sampler: give what its state_dict() returned")
         self.steps_drawn = state["steps_drawn"]
         self.generator.set_state(state["generator"])
         self._load_more(state)
+
+    def _state_digest(self) -> bytes:
+        place = str(len(self._more_state().get("order", ()))).encode()
+        return hashlib.blake2b(self.generator.get_state().numpy().tobytes() + place, digest_size=16).digest()
 
     def _more_state(self) -> dict:
         return {}
@@ -169,21 +154,24 @@ class _Batches:
         pass
 
     def __iter__(self) -> Iterator[LogicalBatch]:
-        steps_were_taken = False
+        steps_were_taken, at_work = False, batch_guard.at_work  # by a name of its own: the interpreter's end clears the module's
         while self.steps_drawn < self.plan.num_steps:
             rank, size = rank_and_size()
+            self.draw = self._state_digest()
             indices = [i for i in self._draw() if i % size == rank]
             self.steps_drawn += 1
-            self.batch, self.stepped = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate), weakref.WeakSet()
-            _at_work.append(self)
+            look = not self._own and (self._looks or not random.SystemRandom().randrange(_LOOK_EVERY))
+            self.batch = LogicalBatch(self.dataset, indices, self.physical_batch_size, self.collate, look)
+            self.begun, self.stepped, self._looks = set(), set(), self._looks and len(indices) < 2
+            at_work.append(self)
             try:
                 yield self.batch
             finally:
-                _at_work.remove(self)
+                at_work.remove(self)
             if self.batch.half_done:
                 raise ValueError("the last batch was left half way: what is in the sum of it would be released with the next one's. Go "
-                                 "through all of its micro-batches, or forget them with private.zero_grad() and say so with "
-                                 "batch.give_up()")
+                                 "through all of its micro-batches, or forget them with private.zero_grad(), say so with "
+                                 "batch.give_up() and take the step, which then is noise alone")
             stepped = bool(self.stepped)
             if steps_were_taken and not stepped:
                 raise ValueError("the last batch was left without private.step(): every batch is a step that the plan pays for, an empty "
@@ -233,7 +221,7 @@ def _check(dataset, plan: PrivacyPlan, physical_batch_size: int, sampling: str, 
     if isinstance(physical_batch_size, bool) or not isinstance(physical_batch_size, Integral) or physical_batch_size < 1:
         raise ValueError(f"physical_batch_size must be a whole number >= 1, got {physical_batch_size!r}")
     if (not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or hasattr(dataset, "iloc")
-            or isinstance(dataset, (Mapping, str))):
+            or isinstance(dataset, (Mapping, str)) or collate is None and hasattr(dataset, "ndim")):
         raise ValueError(f"a data set has a length and gives row i as dataset[i]; a {type(dataset).__name__} does not: give a list of rows, a "
                          "torch data set, or datasets.Dataset.from_pandas(frame), from_dict(columns)")
     if collate is not None and not callable(collate):
@@ -263,7 +251,8 @@ def poisson_batches(dataset, plan: PrivacyPlan, physical_batch_size: int = 32, *
         plan: owns the sampling rate and the number of steps.
         physical_batch_size: at most so many examples go through the model at once; changes memory, never the result.
         collate: rows to micro-batch; `pad_rows` by default. One row in, one row out: several rows made of one example
-            (windows, augmentations) would be clipped as so many examples.
+            (windows, augmentations) would be clipped as so many examples. At the first batch, and now and then, half of the rows are
+            collated alone: a row that depends on its neighbours is refused.
         pad_token_id: for the default collate: the model's (``model.config.pad_token_id``), where its head looks for the last real token.
         generator: seeded by the operating system if None. Give one for checks only.
 

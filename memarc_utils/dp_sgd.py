@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.batch_selection import check_batch_at_work, note_step
+from memarc_utils.batch_guard import BatchGuard
 from memarc_utils.book_keeping import accumulation_dtype, holds_data
 from memarc_utils.clipping import check_clipping, clipping_factors, contribution_bound
 from memarc_utils.data_parallel import from_first, gather, rank_and_size, start_equal, sum_at_first
@@ -79,7 +79,7 @@ class PrivateOptimizer:
         self.sampler = GradSampler(model, mode, bookkeeping, per_layer=clipping == "per_layer")
         self.contribution_bound = contribution_bound(plan.max_grad_norm, clipping, self.sampler.num_groups)
         self.steps_taken = self.examples_dropped = self._finite_examples = self._num_losses = 0
-        self.batches_of_step, self._training_checked = None, False
+        self.batch_guard, self._training_checked = BatchGuard(plan), False
         self.gradient_norms: Tensor | None = None
         self.detached = False
         if noise_generator is None and plan.noise_multiplier > 0:
@@ -112,7 +112,7 @@ class PrivateOptimizer:
         """
         self._check_attached()
         if isinstance(losses, Tensor):  # what is none is refused below
-            check_batch_at_work(self, self._num_losses + losses.numel())
+            self.batch_guard.check(self._num_losses + losses.numel(), self.steps_taken)
         norms, finite = self.sampler.backward(
             losses, lambda n: clipping_factors(n, self.plan.max_grad_norm, self.clipping, self.sampler.num_groups))
         self.gradient_norms = norms
@@ -143,7 +143,7 @@ class PrivateOptimizer:
                 parameter.grad = from_first(total).div_(self.plan.expected_batch_size).to(parameter.dtype)
             del totals, total
             self.steps_taken += 1  # before the weights move: an interrupted step is paid for
-            note_step(self)
+            self.batch_guard.note_step()
             self.optimizer.step()
         finally:
             self.zero_grad()
@@ -179,7 +179,7 @@ class PrivateOptimizer:
                              "discarded. Call private.backward(losses) only, then private.zero_grad() and repeat the batch")
         self.sampler.check_whole()
         self.sampler.check_parameters()
-        check_batch_at_work(self, self._num_losses)
+        self.batch_guard.check(self._num_losses, self.steps_taken)
         _check_optimizer(self.model, self.optimizer)
 
     def _add_noise(self, totals: list[Tensor]) -> None:
@@ -210,7 +210,8 @@ class PrivateOptimizer:
     def zero_grad(self) -> None:
         """Forgets the clipped sum and any gradient: start the batch anew."""
         self.sampler.clear()
-        self._num_losses, self.batches_of_step = 0, None
+        self._num_losses = 0
+        self.batch_guard.forget()
         for parameter in self.sampler.names:
             parameter.grad = None
         self.optimizer.zero_grad(set_to_none=True)
@@ -249,7 +250,7 @@ class PrivateOptimizer:
         check_sampler(sampler, self.plan)
         if sampler is not None and sampler.steps_drawn != self.steps_taken:
             raise ValueError(f"{sampler.steps_drawn} batches were drawn but {self.steps_taken} steps taken: every batch, the "
-                             "empty ones too, needs its private.step() before the state is taken")
+                             "empty ones too, needs its private.step() before the state is taken (one that was given up: noise alone)")
         return {"plan": self.plan.to_dict(), "clipping": self.clipping, "noise": self.noise, "ranks": rank_and_size()[1],
                 "model": _cloned(self.model.state_dict()), "optimizer": _cloned(self.optimizer.state_dict()),
                 "noise_generator": None if self.noise_generator is None else self.noise_generator.get_state(),

@@ -123,6 +123,8 @@ def cache_features(model: nn.Module, dataset, batch_size: int = 64, folder: str 
     side = side_of(model)
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there are no features to keep")
+    if odd := [i for i in range(len(dataset)) if not len(dataset[i].get("input_ids", ()))]:
+        raise ValueError(f"row {odd[0]} has no token in input_ids: tokenize the texts first (data.tokenize_dataset)")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     lengths = [len(dataset[i]["input_ids"]) for i in range(len(dataset))]

@@ -201,17 +201,16 @@ class GradSampler:
     # ---- forward -------------------------------------------------------------------------------------------------
     def _note_batch(self, module, args, kwargs) -> None:
         """B and T come from the model call: the first of input_ids, inputs_embeds, or any tensor, also of a batch that comes as a dict."""
-        kwargs = {**{name: t for batch in args if isinstance(batch, Mapping) for name, t in batch.items()}, **kwargs}
-        args = [t for t in args if not isinstance(t, Mapping)]
+        batches = [t for batch in args if isinstance(batch, Mapping) for t in batch.values() if isinstance(t, Tensor)]
         if not torch.is_grad_enabled():
             self._counting = self._counting and module is not self.model  # an evaluation: no backward will come of it
             return
         self._counting = True
         self._passes.note()
         self._model_calls, self._layer_called = self._model_calls + (module is self.model), True
-        check_padding(module, kwargs.get("input_ids", *args[:1]), kwargs.get("attention_mask"), kwargs.get("position_ids"),
-                      needs_mask=self._refuses)
-        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
+        check_padding(module, args, kwargs, needs_mask=self._refuses)
+        # of a dict the tensors with more axes first: weights of classes or positions have one
+        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *sorted(batches, key=lambda t: t.dim() < 2), *kwargs.values()]
         lead = next((t for t in candidates if isinstance(t, Tensor) and t.dim() > 0), None)
         if lead is not None:
             self._batch = lead.shape[0]

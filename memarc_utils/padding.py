@@ -6,6 +6,8 @@ gradients of others, past any clipping.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,8 @@ _PADDING = {"labels": -100, "special_tokens_mask": 1,
             **dict.fromkeys(("attention_mask", "token_type_ids", "position_ids", "inputs_embeds"), 0)}
 
 # Model types that read a padded position where no mask is given: they do not make one of the pad token, nor look back only.
-_ENCODERS = ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "t5", "xlm-roberta")
+_ENCODERS = ("albert", "bart", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "longt5", "mbart", "modernbert", "mpnet",
+             "mt5", "roberta", "roformer", "t5", "umt5", "xlm-roberta")
 
 # Columns that lie under `attention_mask`, one entry a token; others may have its width by chance.
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask", "inputs_embeds", "labels")
@@ -133,7 +136,7 @@ def padding_checked(model: nn.Module) -> Iterator[None]:
         ValueError: see `check_padding`.
     """
     def check(module, args, kwargs):
-        check_padding(module, kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        check_padding(module, args, kwargs)
 
     # each model of transformers within: the one whose head reads a token, and its base, which a loss may call by itself
     hooks = [module.register_forward_pre_hook(check, with_kwargs=True) for module in model.modules() if hasattr(module, "config")
@@ -145,8 +148,22 @@ def padding_checked(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None = None,
-                  needs_mask: bool = True) -> None:
+@functools.lru_cache(64)
+def _signature(kind: type) -> inspect.Signature:
+    return inspect.signature(kind.forward)
+
+
+def _arguments(module: nn.Module, args: Sequence, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, also those that come by position. A wrapper that only hands on what it gets names none: then the first are token ids."""
+    try:
+        bound = _signature(type(module)).bind_partial(module, *args, **kwargs).arguments
+    except TypeError:  # a call that will fail by itself, with a better message
+        return dict(kwargs)
+    named = {name: value for name, value in bound.items() if not (isinstance(value, (tuple, dict)) and name in ("args", "kwargs"))}
+    return {**({"input_ids": args[0]} if args and "input_ids" not in named else {}), **named, **kwargs}
+
+
+def check_padding(module: nn.Module, args: Sequence, kwargs: Mapping[str, Any], needs_mask: bool = True) -> None:
     """Padding on the left moves tokens to other positions as far as the longest neighbour is longer: of learned positions those of a row
     would be others, and an encoder's first token another one.
 
@@ -156,14 +173,17 @@ def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: T
     ``config.pad_token_id``: padded with another one it would read a position that depends on the longest neighbour.
 
     Args:
+        args, kwargs: of the module's call.
         needs_mask: False where the effect of padding without a mask is measured instead.
 
     Raises:
         ValueError: a masked position holds another token, or tokens are not given and some positions are masked; or rows are padded on
-            the left, unless the positions are relative (Llama types), made from the mask (OPT) or given (GPT-2); or some rows of an
-            encoder end in the pad token, some do not, and no mask is given.
+            the left, unless the positions are relative (Llama types), made from the mask (OPT) or given (GPT-2); or rows of an encoder
+            end (or begin) in runs of pad tokens of several lengths, and no mask is given.
     """
-    family = getattr(getattr(module, "config", None), "model_type", "")
+    family, given = getattr(getattr(module, "config", None), "model_type", ""), _arguments(module, args, kwargs)
+    attention_mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    input_ids = ids if isinstance(ids := given.get("input_ids"), Tensor) and not ids.is_floating_point() else None
     if (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and attention_mask.shape[1] and holds_data(attention_mask)
             and family not in ("opt", *LLAMA_TYPES) and not (family == "gpt2" and position_ids is not None)
             and bool(((attention_mask[:, 0] == 0) & (attention_mask != 0).any(1)).any())):
@@ -171,11 +191,12 @@ def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: T
                          "Pad on the right (memarc_utils.batch_selection.pad_rows), or give GPT-2 position_ids that begin at 0 with the "
                          "first token: (attention_mask.cumsum(1) - 1).clamp_min(0)")
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
-    encoder = family in _ENCODERS and not getattr(module.config, "is_decoder", False)
-    if (needs_mask and encoder and attention_mask is None and pad is not None and isinstance(input_ids, Tensor) and input_ids.dim() == 2
-            and input_ids.shape[1] and holds_data(input_ids) and bool(((ends := input_ids[:, [0, -1]] == pad).any(0) & ~ends.all(0)).any())):
-        raise ValueError(f"some rows begin or end with the pad token {pad}, some do not, and no attention_mask is given: a row's padding, which "
-                         "is read then, depends on its longest neighbour. Pass the mask (memarc_utils.batch_selection.pad_rows makes it)")
+    encoder = family in _ENCODERS and not getattr(module.config, "is_decoder", False) and "Decoder" not in type(module).__name__
+    if needs_mask and encoder and attention_mask is None and pad is not None and input_ids is not None and input_ids.dim() == 2 \
+            and holds_data(input_ids) and any(len(set(_runs(ids, pad))) > 1 for ids in (input_ids, input_ids.flip(1))):
+        raise ValueError(f"rows begin or end in runs of the pad token {pad} of several lengths, and no attention_mask is given: a row's padding, "
+                         "which is read then, depends on its longest neighbour. Pass the mask (memarc_utils.batch_selection.pad_rows makes "
+                         f"it); where all rows have one length and {pad} is a token like others, one of ones")
     if pad is None or not isinstance(getattr(module, "score", None), nn.Module):
         return
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or not holds_data(attention_mask):
@@ -186,3 +207,8 @@ def check_padding(module: nn.Module, input_ids: Tensor | None, attention_mask: T
         raise ValueError(f"{type(module).__name__} reads the last token that is not the pad token {pad}, and a masked position holds "
                          f"{'no token (inputs_embeds alone)' if input_ids is None else int(input_ids[wrong][0])}: what an example is "
                          f"classified by would depend on its longest neighbour. Pad with pad_token_id={pad} (model.config.pad_token_id)")
+
+
+def _runs(ids: Int[Tensor, "batch tokens"], pad: int) -> list[int]:
+    """How many pad tokens each row ends in."""
+    return (ids == pad).flip(1).long().cumprod(1).sum(1).tolist()

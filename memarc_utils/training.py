@@ -225,6 +225,8 @@ def train_without_privacy(model: nn.Module, dataset, optimizer: torch.optim.Opti
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset, batch_size: int = 64) -> float:
     """Share of examples whose label is predicted, in evaluation mode."""
+    if not len(dataset) or not {"input_ids", "labels"} <= dataset[0].keys():
+        raise ValueError(f"accuracy needs rows with input_ids and labels, got {', '.join(dataset[0]) if len(dataset) else 'none'}")
     device, training = next(model.parameters()).device, model.training
     model.eval()
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))

@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.batch_selection import check_batch_at_work, note_step
+from memarc_utils.batch_guard import BatchGuard
 from memarc_utils.data_parallel import rank_and_size
 from memarc_utils.model_checks import WatchedBuffers, WatchedPasses, check_no_batch_statistics, check_not_begun, check_sampler, check_state
 from memarc_utils.padding import padding_checked
@@ -158,7 +158,7 @@ class ZerothOrderOptimizer:
         self.model, self._plan, self.noise = model, plan, noise
         self.learning_rate, self.perturbation, self.num_directions = learning_rate, perturbation, num_directions
         self.noise_generator, self.direction_seed_generator = noise_generator, direction_seed_generator
-        self.steps_taken, self.examples_dropped, self.batches_of_step = 0, 0, None
+        self.steps_taken, self.examples_dropped, self.batch_guard = 0, 0, BatchGuard(plan)
         self._probe = LossProbe()
         self._check_learning_rate()
 
@@ -191,11 +191,11 @@ class ZerothOrderOptimizer:
         with torch.no_grad(), _evaluation_mode(self.model), padding_checked(self.model):
             differences = [self._differences(micro_batches, loss_per_example, row, row is seeds[0], row is seeds[-1]) for row in seeds]
         watched.check()
-        check_batch_at_work(self, len(differences[0]))
+        self.batch_guard.check(len(differences[0]), self.steps_taken)
         self._probe.schedule.next_step()
         total = self._clipped_sum(torch.stack(differences, dim=1)) + self._draw_noise()
         self.steps_taken += 1  # before the weights move: an interrupted step is paid for
-        note_step(self)
+        self.batch_guard.note_step()
         scale = -self.learning_rate / (self.plan.expected_batch_size * self.num_directions)
         for row, number in zip(seeds, total.tolist()):
             self._move(row, scale * number)

@@ -1,5 +1,6 @@
 """The batch that a sampler has handed out, and what an optimizer makes of it: one loss an example, one step a batch, one plan."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 
 from memarc_utils.accounting import PrivacyPlan
-from memarc_utils.batch_selection import poisson_batches
+from memarc_utils.auditing import audit_quickly
+from memarc_utils.batch_selection import poisson_batches, shuffled_batches
 from memarc_utils.dp_sgd import make_private
 from memarc_utils.zeroth_order import make_zeroth_order
 
@@ -153,7 +155,7 @@ def test_of_two_zipped_loops_each_optimizer_is_held_to_its_own_batch():
             second.step()
             all_of(private, model, [{"x": torch.ones(2, 2)}])
 
-    with pytest.raises(ValueError, match="another optimizer has stepped"):
+    with pytest.raises(ValueError, match="has had its step"):
         run(zipped)
 
 
@@ -167,7 +169,7 @@ def test_what_batches_cannot_be_made_of_is_said(change, message):
 
 
 def test_a_state_that_is_none_of_a_sampler_is_refused():
-    with pytest.raises(ValueError, match="no state of a sampler"):
+    with pytest.raises(ValueError, match="no state of such a sampler"):
         poisson_batches([{"input_ids": [3], "labels": 0}] * 8, WHOLE).load_state_dict({})
 
 
@@ -209,3 +211,136 @@ def test_a_sampler_does_not_draw_the_same_batches_again():
     with pytest.raises(ValueError, match="would draw the same ones again"):
         sampler.load_state_dict(start)
     poisson_batches(range(8), WHOLE).load_state_dict(sampler.state_dict())
+
+
+SPARSE = dataclasses.replace(WHOLE, sampling="poisson", expected_batch_size=1, num_steps=12)
+
+
+@pytest.mark.parametrize("way", ["empty ones not iterated", "listed first", "both backward first"])
+@pytest.mark.parametrize("seed", range(4))
+def test_zipped_loops_with_empty_batches(way, seed):
+    def zipped(private, model, batches):
+        private.detach()
+        private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), SPARSE)
+        twin, second = twin_of(SPARSE)
+        mine, hers = (poisson_batches(batches.dataset, SPARSE, 4, collate=batches.collate, generator=torch.Generator().manual_seed(10 * seed + k))
+                      for k in (1, 2))
+        for a, b in zip(mine, hers):
+            if way == "listed first":
+                a, b = list(a), list(b)
+            for optimizer, line, batch in ((private, model, a), (second, twin, b)):
+                if way != "empty ones not iterated" or len(batch):
+                    all_of(optimizer, line, batch)
+                if way != "both backward first":
+                    optimizer.step()
+            if way == "both backward first":
+                private.step()
+                second.step()
+        return private.steps_taken, second.steps_taken
+
+    assert run(zipped) == (12, 12)
+
+
+def test_an_optimizer_that_is_gone_has_still_stepped():
+    """A grid of rates on each batch: the first optimizer's step stays, also where nothing holds it any more."""
+    def grid(private, model, batches):
+        private.detach()
+        for batch in batches:
+            micro_batches = list(batch)
+            for rate in (0.1, 0.2):
+                zeroth = make_zeroth_order(model, WHOLE, rate)
+                zeroth.step(micro_batches, lambda model, micro_batch: model(micro_batch["x"])[:, 0])
+                del zeroth
+
+    with pytest.raises(ValueError, match="another optimizer has stepped on this batch"):
+        run(grid)
+
+
+@pytest.mark.parametrize("way", ["seeded again", "state loaded twice", "copied"])
+def test_the_same_draws_again_are_refused(way):
+    def again(private, model, batches):
+        def new():
+            if way == "seeded again":
+                return poisson_batches(batches.dataset, WHOLE, 4, collate=batches.collate, generator=torch.Generator().manual_seed(0))
+            if way == "copied":
+                return copy.deepcopy(start)
+            sampler = poisson_batches(batches.dataset, WHOLE, 4, collate=batches.collate)
+            sampler.load_state_dict(state)
+            return sampler
+
+        start = poisson_batches(batches.dataset, WHOLE, 4, collate=batches.collate)
+        state = start.state_dict()
+        for _ in range(2):
+            for _, batch in zip(range(2), new()):
+                all_of(private, model, batch)
+                private.step()
+
+    with pytest.raises(ValueError, match="this batch was drawn before"):
+        run(again)
+
+
+def test_steps_on_an_old_batch_outside_the_loop_are_warned_of():
+    def overfit(private, model, batches):
+        micro_batches = list(next(iter(batches)))
+        for _ in range(3):
+            all_of(private, model, micro_batches)
+            private.step()
+
+    with pytest.warns(UserWarning, match="a batch that is used again was drawn once"):
+        run(overfit)
+
+
+def test_a_new_shuffle_that_is_wound_forward_is_refused():
+    plan = dataclasses.replace(WHOLE, sampling="shuffled", expected_batch_size=2, num_steps=4)
+    model, rows = nn.Linear(2, 1), [{"x": [1.0, 0.0]}] * 8
+    private = make_private(model, torch.optim.SGD(model.parameters(), lr=0.1), plan)
+
+    def batches():
+        return shuffled_batches(rows, plan, collate=lambda some: {"x": torch.tensor([row["x"] for row in some])})
+
+    def step(batch):
+        all_of(private, model, batch)
+        private.step()
+
+    for _, batch in zip(range(2), batches()):
+        step(batch)
+    with pytest.raises(ValueError, match="with another one: a new shuffle begins a new epoch"):
+        for n, batch in enumerate(batches()):
+            if n >= 2:
+                step(batch)
+
+
+@pytest.mark.parametrize("way", ["centred", "mixup", "each by itself", "sorted and padded", "random"])
+def test_a_collate_that_mixes_rows_is_refused(way):
+    rows = [{"x": [float(i), 1.0, 2.0][:1 + i % 3]} for i in range(8)]
+
+    def collate(some):
+        some = sorted(some, key=lambda row: len(row["x"])) if way == "sorted and padded" else some
+        longest = max(len(row["x"]) for row in some)
+        x = torch.tensor([row["x"] + [0.0] * (longest - len(row["x"])) for row in some])
+        if way == "centred":
+            x = x - x.mean(0)
+        if way == "mixup":
+            x = 0.7 * x + 0.3 * x.roll(1, 0)
+        return {"x": x + torch.randn_like(x) if way == "random" else x, "labels": torch.zeros(len(some))}
+
+    batches = poisson_batches(rows, WHOLE, 8, collate=collate)
+    if way in ("centred", "mixup"):
+        with pytest.raises(ValueError, match="another row of x alone than among its neighbours"):
+            list(next(iter(batches)))
+    else:
+        assert sum(len(micro_batch["x"]) for micro_batch in next(iter(batches))) == 8
+
+
+def test_an_audit_within_a_loop():
+    def audited(private, model, batches):
+        for batch in batches:
+            micro_batches = list(batch)
+            other = nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 1))
+            plan = dataclasses.replace(SPARSE, num_steps=2, dataset_size=100, delta=1e-3)
+            report = audit_quickly(other, lambda model, batch: model(batch["x"])[:, 0], micro_batches[0], plan, num_canaries=20)
+            all_of(private, model, micro_batches)
+            private.step()
+        return report
+
+    assert run(audited).holds

@@ -887,3 +887,58 @@ def select_head_alone(model):
     model.requires_grad_(False)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
+
+
+class Wrapped(nn.Module):
+    """As most tutorials write it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert = tiny("bert").bert
+        self.head = nn.Linear(self.bert.config.hidden_size, 2)
+
+    def forward(self, ids, mask):
+        return self.head(self.bert(ids, mask).last_hidden_state[:, 0])
+
+
+def test_a_mask_by_position_is_looked_at():
+    """It switched the checks of padding off: one example moved the sum by 2.5 to 3.4 C."""
+    llama = tiny("llama").requires_grad_()
+    batch = padded_batch(llama)
+    wrong = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 5)
+    private = private_sgd(llama)
+    with pytest.raises(ValueError, match="a masked position holds 5"):
+        llama(wrong, batch["attention_mask"])
+    private.detach()
+    model = Wrapped().requires_grad_()
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model(batch["input_ids"].flip(1), batch["attention_mask"].flip(1))
+    private.zero_grad()
+    private.backward(model(batch["input_ids"], batch["attention_mask"]).square().sum(1))
+
+
+def test_padding_to_a_multiple_without_a_mask_is_refused():
+    """All rows end in pads, some in more: the width is still the longest one's."""
+    model = tiny("bert").requires_grad_()
+    ids = torch.randint(3, 90, (3, 8), generator=seeded())
+    ids[0, 3:] = ids[1, 4:] = ids[2, 6:] = model.config.pad_token_id
+    private = private_sgd(model)
+    with pytest.raises(ValueError, match="no attention_mask is given"):
+        model(input_ids=ids)
+    private.zero_grad()
+    private.backward(model(input_ids=ids, attention_mask=(ids != model.config.pad_token_id).long()).logits.square().sum(1))
+
+
+def test_a_dict_whose_first_tensor_is_no_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+        def forward(self, batch):
+            return self.head(self.words(batch["ids"]).mean(1)) * batch["weights"]
+
+    batch = {"weights": torch.tensor([1.0, 2.0]), "ids": torch.randint(0, 20, (4, 3), generator=seeded())}
+    model = Model()
+    private_sgd(model).backward(model(batch).square().sum(1))
