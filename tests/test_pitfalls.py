@@ -770,3 +770,23 @@ def test_two_optimizers_on_one_draw():
                 private.step()
 
     assert "another optimizer has stepped on this batch" in refused(share) and (first.steps_taken, second.steps_taken) == (1, 0)
+
+
+@pytest.mark.parametrize("mix", [lambda x: x - x.mean(0), lambda x: 0.6 * x + 0.4 * x.flip(0)], ids=["centred", "mixup"])
+def test_a_collate_that_mixes(mix):
+    rows, model = [{"x": [1.0, float(i), 0.0]} for i in range(6)] + [{"x": [-60.0, 0.0, 40.0]}], nn.Linear(3, 1, bias=False)
+    plan = plan_for_tests(dataset_size=7, expected_batch_size=7, num_steps=1)
+
+    def collate(some):
+        return {"x": mix(torch.tensor([row["x"] for row in some]))}
+
+    def total(chosen):
+        private = private_sgd(model, replace(plan, max_grad_norm=0.1))
+        private.backward(model(collate([rows[i] for i in chosen])["x"])[:, 0])
+        found = private.clipped_sum()["weight"].flatten()
+        private.detach()
+        return found
+
+    assert largest_contribution(total, 7, 0.1) > 1.2
+    batches = batch_selection.poisson_batches(rows, plan, collate=collate)
+    assert "alone than among its neighbours" in refused(lambda: list(next(iter(batches))))
