@@ -21,7 +21,7 @@ TOP_LEVEL = {
 FLOORS = [
     {"accounting", "book_keeping", "recording", "plotting", "data", "environment", "notebook_outputs", "randomness",
      "preparation", "data_parallel", "couplings", "block_halves"},
-    {"function_rules", "reversal", "padding", "summary"},
+    {"function_rules", "reversal", "padding", "summary", "batch_guard"},
     {"layer_rules", "notebooks", "probe"},
     {"model_checks", "side_blocks"},
     {"backbones", "grad_sample", "clipping", "batch_selection"},
