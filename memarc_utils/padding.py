@@ -193,7 +193,7 @@ def check_padding(module: nn.Module, args: Sequence, kwargs: Mapping[str, Any], 
     pad = getattr(getattr(module, "config", None), "pad_token_id", None)
     encoder = family in _ENCODERS and not getattr(module.config, "is_decoder", False) and "Decoder" not in type(module).__name__
     if needs_mask and encoder and attention_mask is None and pad is not None and input_ids is not None and input_ids.dim() == 2 \
-            and holds_data(input_ids) and any(len(set(_runs(ids, pad))) > 1 for ids in (input_ids, input_ids.flip(1))):
+            and holds_data(input_ids) and any(_look_padded(ids, pad) for ids in (input_ids, input_ids.flip(1))):
         raise ValueError(f"rows begin or end in runs of the pad token {pad} of several lengths, and no attention_mask is given: a row's padding, "
                          "which is read then, depends on its longest neighbour. Pass the mask (memarc_utils.batch_selection.pad_rows makes "
                          f"it); where all rows have one length and {pad} is a token like others, one of ones")
@@ -209,6 +209,7 @@ def check_padding(module: nn.Module, args: Sequence, kwargs: Mapping[str, Any], 
                          f"classified by would depend on its longest neighbour. Pad with pad_token_id={pad} (model.config.pad_token_id)")
 
 
-def _runs(ids: Int[Tensor, "batch tokens"], pad: int) -> list[int]:
-    """How many pad tokens each row ends in."""
-    return (ids == pad).flip(1).long().cumprod(1).sum(1).tolist()
+def _look_padded(ids: Int[Tensor, "batch tokens"], pad: int) -> bool:
+    """Rows end in runs of pad tokens of several lengths, one of two or more: a single one may be a token like others."""
+    runs = (ids == pad).flip(1).long().cumprod(1).sum(1).tolist()
+    return max(runs, default=0) > 1 and len(set(runs)) > 1

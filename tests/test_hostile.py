@@ -877,7 +877,7 @@ def test_a_decoders_padding_needs_no_mask():
     private = private_sgd(model)
     private.backward(losses(model, batch))
     private.zero_grad()
-    padded = {**batch, "input_ids": torch.cat([batch["input_ids"], torch.tensor([[0], [5], [0]])], 1)}
+    padded = {**batch, "input_ids": torch.cat([batch["input_ids"], torch.tensor([[0, 0], [5, 6], [5, 0]])], 1)}
     del padded["attention_mask"]
     with pytest.raises(ValueError, match="no attention_mask is given"):
         losses(model, padded)
@@ -942,3 +942,11 @@ def test_a_dict_whose_first_tensor_is_no_batch():
     batch = {"weights": torch.tensor([1.0, 2.0]), "ids": torch.randint(0, 20, (4, 3), generator=seeded())}
     model = Model()
     private_sgd(model).backward(model(batch).square().sum(1))
+
+
+def test_a_token_that_is_the_pad_token_by_chance_is_no_padding():
+    model = tiny("bert").requires_grad_()
+    ids = torch.randint(3, 90, (4, 8), generator=seeded())
+    ids[1, -1] = ids[2, 0] = model.config.pad_token_id
+    private = private_sgd(model)
+    private.backward(model(input_ids=ids).logits.square().sum(1))
