@@ -237,6 +237,8 @@ def audit_engine(model: nn.Module, plan: PrivacyPlan, *, num_canaries: int = 200
     Raises:
         ValueError: no noise (ε is infinite: nothing to contradict), fewer than 10 canaries, or as `make_private`.
     """
+    if not isinstance(model, nn.Module) or not isinstance(plan, PrivacyPlan):
+        raise ValueError(f"an audit takes a model and a PrivacyPlan, got {type(model).__name__} and {type(plan).__name__}")
     if plan.noise_multiplier == 0:
         raise ValueError("the plan has no noise, its ε is infinite: there is nothing to contradict. Audit a plan with noise_multiplier > 0")
     if generator is not None and generator.device.type != "cpu":

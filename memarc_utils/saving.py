@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,12 +118,16 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     if not (folder / PREPARATION).is_file() or not (folder / TENSORS).is_file():
         raise FileNotFoundError(f"{folder} holds no saved model ({PREPARATION} and {TENSORS}): give a folder that "
                                 "save_trainable wrote")
-    described = json.loads((folder / PREPARATION).read_text(encoding="utf-8"))
-    if described.get("format") != _FORMAT:
+    try:
+        described, tensors = json.loads((folder / PREPARATION).read_text(encoding="utf-8")), load_file(folder / TENSORS)
+    except (ValueError, SafetensorError) as error:  # cut off while it was copied, or edited
+        raise ValueError(f"what {folder} holds cannot be read ({error}): save the model anew") from error
+    if not isinstance(described, dict) or described.get("format") != _FORMAT:
+        described = described if isinstance(described, dict) else {}
         raise ValueError(f"{PREPARATION} has format {described.get('format')!r}, this version reads {_FORMAT}: save it anew")
     if unknown := [step["method"] for step in described["steps"] if step["method"] not in _METHODS]:
         raise ValueError(f"{PREPARATION} names the method {unknown[0]!r}; known are {', '.join(_METHODS)}")
-    return described, load_file(folder / TENSORS)
+    return described, tensors
 
 
 def _said(steps: list[dict]) -> str:

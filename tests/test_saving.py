@@ -156,6 +156,15 @@ def test_errors_of_reading(tmp_path):
         load_trainable(tiny("bert"), tmp_path)
 
 
+@pytest.mark.parametrize("name, damage", [("trainable.safetensors", lambda data: data[:20]), ("preparation.json", lambda data: data[:-2])])
+def test_a_damaged_folder_is_named(name, damage, tmp_path):
+    save_trainable(add_lora(tiny("bert")), tmp_path / "saved")
+    file = tmp_path / "saved" / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="cannot be read .*save the model anew"):
+        load_trainable(tiny("bert"), tmp_path / "saved")
+
+
 def test_the_record_is_plain_json():
     model = attach_side_network(tiny("bert"), SideNetworkConfig(reduction=2))
     assert json.loads(json.dumps(model.memarc_preparation)) == model.memarc_preparation
