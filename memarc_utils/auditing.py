@@ -139,7 +139,7 @@ def guess(scores: Float[Tensor, " canaries"], included: Bool[Tensor, " canaries"
         raise ValueError(f"guess_in={guess_in} and guess_out={guess_out} must be whole numbers or shares below 1, together between 1 and "
                          f"the {size} canaries")
     if not isinstance(included, Tensor) or included.dtype != torch.bool or included.shape != scores.shape:
-        raise ValueError("included must hold a truth value a canary, (scores.shape, torch.bool): of whole numbers ~ would turn other bits")
+        raise ValueError("included must hold one truth value a canary: give included.bool() (of whole numbers ~ would turn other bits)")
     if bool(torch.isnan(scores).any()):
         raise ValueError("some scores are nan: give canaries that cannot be judged the lowest or the middle score, by a fixed rule")
     order = torch.argsort(scores, descending=True, stable=True)

@@ -122,9 +122,8 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         described, tensors = json.loads((folder / PREPARATION).read_text(encoding="utf-8")), load_file(folder / TENSORS)
     except (ValueError, SafetensorError) as error:  # cut off while it was copied, or edited
         raise ValueError(f"what {folder} holds cannot be read ({error}): save the model anew") from error
-    if not isinstance(described, dict) or described.get("format") != _FORMAT:
-        described = described if isinstance(described, dict) else {}
-        raise ValueError(f"{PREPARATION} has format {described.get('format')!r}, this version reads {_FORMAT}: save it anew")
+    if (found := described.get("format") if isinstance(described, dict) else None) != _FORMAT:
+        raise ValueError(f"{PREPARATION} has format {found!r}, this version reads {_FORMAT}: save it anew")
     if unknown := [step["method"] for step in described["steps"] if step["method"] not in _METHODS]:
         raise ValueError(f"{PREPARATION} names the method {unknown[0]!r}; known are {', '.join(_METHODS)}")
     return described, tensors
