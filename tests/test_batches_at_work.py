@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from memarc_utils import batch_guard
 from memarc_utils.accounting import PrivacyPlan
 from memarc_utils.auditing import audit_quickly
 from memarc_utils.batch_selection import poisson_batches, shuffled_batches
@@ -279,7 +281,9 @@ def test_the_same_draws_again_are_refused(way):
         run(again)
 
 
-def test_steps_on_an_old_batch_outside_the_loop_are_warned_of():
+def test_steps_on_an_old_batch_outside_the_loop_are_warned_of(monkeypatch):
+    monkeypatch.setattr(batch_guard, "samplers", weakref.WeakSet())  # without those that other tests have left
+
     def overfit(private, model, batches):
         micro_batches = list(next(iter(batches)))
         for _ in range(3):
